@@ -1,0 +1,62 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chain-of-Experts for HuggingFace Transformers. Importing the package registers CoE with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .configuration_coe import CoEConfig
+from .modeling_coe import (
+    CoEForCausalLM,
+    CoEForQuestionAnswering,
+    CoEForSequenceClassification,
+    CoEForTokenClassification,
+    CoEModel,
+    CoEPreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("coe", CoEConfig)
+CoEConfig.register_for_auto_class()
+for auto_class, model_class in {
+    AutoModel: CoEModel,
+    AutoModelForCausalLM: CoEForCausalLM,
+    AutoModelForSequenceClassification: CoEForSequenceClassification,
+    AutoModelForTokenClassification: CoEForTokenClassification,
+    AutoModelForQuestionAnswering: CoEForQuestionAnswering,
+}.items():
+    auto_class.register(CoEConfig, model_class)
+    # `save_pretrained` then writes the Python files beside the weights.
+    model_class.register_for_auto_class(auto_class.__name__)
+# By this table Trainer knows that label smoothing has to shift the labels.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["coe"] = "CoEForCausalLM"
+
+__all__ = [
+    "CoEConfig",
+    "CoEForCausalLM",
+    "CoEForQuestionAnswering",
+    "CoEForSequenceClassification",
+    "CoEForTokenClassification",
+    "CoEModel",
+    "CoEPreTrainedModel",
+]

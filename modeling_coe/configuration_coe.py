@@ -1,0 +1,212 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""CoE model configuration: Mixtral's fields under Mixtral's names, and the six that describe the chain."""
+
+import difflib
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import auto_docstring
+
+
+RESIDUALS = ("nested", "inner", "outer")
+QK_NORMS = (None, "head", "full")
+
+
+@auto_docstring(
+    checkpoint="coe-c2-k4-n64",
+    custom_args=r"""
+    num_iterations (`int`, *optional*, defaults to 2):
+        C, how many times a layer routes its tokens through its expert pool. `1` is a Mixture-of-Experts layer.
+    num_local_experts (`int`, *optional*, defaults to 64):
+        N, the routed experts of a layer. All iterations share them.
+    num_experts_per_tok (`int`, *optional*, defaults to 4):
+        K, the experts a token visits in **each** iteration; a layer computes `C * K` experts per token.
+    num_shared_experts (`int`, *optional*, defaults to 0):
+        Width of the always-on FFN added in every iteration, in units of `intermediate_size`. `0` is none.
+    residual (`str`, *optional*, defaults to `"nested"`):
+        `"nested"`: `h + (x_C - x_0)`, `"inner"`: `x_C` (paper, eq. 5), `"outer"`: `h + x_C` without the residual
+        along the chain (paper, section 4.4).
+    independent_gating (`bool`, *optional*, defaults to `True`):
+        A router per iteration; `False` shares one router between the iterations (the paper's ablation).
+    norm_topk_prob (`bool`, *optional*, defaults to `True`):
+        Renormalise the K routing weights to sum to one (Mixtral, Qwen3-MoE); `False` keeps the softmax values
+        (OLMoE, the paper).
+    iteration_scale (`bool`, *optional*, defaults to `False`):
+        Learn one scalar per iteration on that iteration's output. Upcycled checkpoints start it at 1, 0, 0, ...
+    qk_norm (`str`, *optional*):
+        RMSNorm on queries and keys: `"head"` per head (Qwen3), `"full"` over all heads (OLMoE), `None` for none.
+    """,
+)
+@strict
+class CoEConfig(PreTrainedConfig):
+    r"""
+    Raises:
+        ValueError: a combination of fields that no model can have, naming the field, its value and the remedy; or an
+            unknown key that is one typing mistake away from a field.
+
+    Example:
+
+    ```python
+    >>> from modeling_coe import CoEConfig, CoEForCausalLM
+
+    >>> configuration = CoEConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=32, num_attention_heads=4)
+    >>> model = CoEForCausalLM(configuration)
+    >>> model.config.num_iterations
+    2
+    ```"""
+
+    model_type = "coe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1000000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    attribute_map = {"num_experts": "num_local_experts"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 704
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    attention_dropout: float | int = 0.0
+    num_iterations: int = 2
+    num_local_experts: int = 64
+    num_experts_per_tok: int = 4
+    num_shared_experts: int = 0
+    residual: str = "nested"
+    independent_gating: bool = True
+    norm_topk_prob: bool = True
+    iteration_scale: bool = False
+    qk_norm: str | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._refuse_misspelt(kwargs)
+        self._validate_chain()
+        self.auto_map = dict(AUTO_MAP)
+        self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks that the fields describe a model that can exist; runs at creation, saving and loading."""
+        super().validate_architecture()
+        self._validate_chain()
+
+    def _validate_chain(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings", "num_iterations", "num_local_experts",
+                     "num_experts_per_tok"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "a positive integer")
+        for name in ("num_shared_experts", "router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
+        self._require("rms_norm_eps", math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number > 0")
+        self._require("attention_dropout", 0 <= self.attention_dropout < 1, "in [0, 1)")
+        self._require("router_jitter_noise", self.router_jitter_noise < 1, "below 1")
+        self._require("residual", self.residual in RESIDUALS, f"one of {RESIDUALS}")
+        self._require("qk_norm", self.qk_norm in QK_NORMS, f"one of {QK_NORMS}")
+        self._require("sliding_window", self.sliding_window is None or self.sliding_window >= 1, "None or positive")
+        self._require(
+            "num_experts_per_tok",
+            self.num_experts_per_tok <= self.num_local_experts,
+            f"at most num_local_experts={self.num_local_experts}: lower it or add experts",
+        )
+        if self.head_dim is None:
+            self._require(
+                "hidden_size",
+                self.hidden_size % self.num_attention_heads == 0,
+                f"a multiple of num_attention_heads={self.num_attention_heads}, or set head_dim",
+            )
+        head_dim = self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+        self._require("head_dim", head_dim >= 2 and head_dim % 2 == 0, f"even for RoPE (it is {head_dim})")
+        self._require(
+            "num_attention_heads",
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"a multiple of num_key_value_heads={self.num_key_value_heads}",
+        )
+
+    def _require(self, name: str, condition: bool, requirement: str):
+        if not condition:
+            raise ValueError(f"CoEConfig: `{name}={getattr(self, name)!r}` must be {requirement}.")
+
+    def _refuse_misspelt(self, unknown: dict):
+        fields = [name for name in self.__dataclass_fields__ if name not in unknown]
+        for key, value in unknown.items():
+            if key not in HOST_KEYS and (close := difflib.get_close_matches(key, fields, n=1, cutoff=0.85)):
+                raise ValueError(f"CoEConfig: unknown key `{key}={value!r}`; did you mean `{close[0]}`?")
+
+    def _optional_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel rules of the modules that only some configurations have (Qwen3-MoE's and OLMoE's rules)."""
+        plan = {}
+        if self.qk_norm == "head":
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        elif self.qk_norm == "full":
+            plan |= {f"layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
+            plan |= {"layers.*.self_attn.o_proj": "rowwise_split_input"}
+        if self.num_shared_experts:
+            plan |= {f"layers.*.mlp.shared_expert.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan |= {"layers.*.mlp.shared_expert.down_proj": "rowwise"}
+        return plan
+
+
+# What a checkpoint's config.json tells a process that does not have this package (`trust_remote_code=True`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_coe.CoEConfig",
+    "AutoModel": "modeling_coe.CoEModel",
+    "AutoModelForCausalLM": "modeling_coe.CoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_coe.CoEForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_coe.CoEForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_coe.CoEForQuestionAnswering",
+}
+# Keys that the host consumes itself although no dataclass field declares them.
+HOST_KEYS = {"torch_dtype", "num_labels", "num_experts", "auto_map", "output_attentions", "name_or_path", "rope_theta"}
+
+__all__ = ["CoEConfig"]

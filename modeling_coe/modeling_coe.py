@@ -1,0 +1,667 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch CoE: Mixtral's decoder with a chain of C routed iterations over one expert pool in place of the MoE block.
+
+Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, N experts, K experts per iteration,
+C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub, use_kernelized_func
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_coe import CoEConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+@use_experts_implementation
+class CoEExperts(nn.Module):
+    """The expert pool of a layer, `[N, 2I, H]` and `[N, H, I]`; every iteration calls the same pool."""
+
+    def __init__(self, config: CoEConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, H)`): x.
+            top_k_index (`torch.LongTensor` of shape `(T, K)`): values in `[0, N]`.
+            top_k_weights (`torch.Tensor` of shape `(T, K)`): routing weights.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            expert_output = expert_output * top_k_weights[token, slot, None]
+            output.index_add_(0, token, expert_output.to(output.dtype))
+        return output
+
+
+class CoETopKRouter(nn.Module):
+    """The C routers of a layer in one module (eq. 3): `gate(x, t)` routes iteration t."""
+
+    def __init__(self, config: CoEConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        # CODEPATH: only the paper's "shared gate" ablation routes all iterations with one router
+        num_routers = config.num_iterations if config.independent_gating else 1
+        self.weight = nn.Parameter(torch.empty(num_routers, config.num_local_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[T, H]` -> logits `[T, N]`, routing weights `[T, K]`, expert index `[T, K]`; the floats are fp32."""
+        weight = self.weight[iteration % self.weight.shape[0]]
+        # In bf16 the top-k of a few tokens in a thousand would differ.
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.float(), weight.float())
+        router_scores, router_indices = torch.topk(router_logits.softmax(dim=-1), self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            router_scores = router_scores / router_scores.sum(dim=-1, keepdim=True)
+        return router_logits, router_scores, router_indices
+
+
+class CoEMLP(nn.Module):
+    """SwiGLU FFN: the shared expert S, applied to every token in every iteration."""
+
+    def __init__(self, config: CoEConfig):
+        super().__init__()
+        width = config.num_shared_experts * config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class CoESparseMoeBlock(nn.Module):
+    """The chain: `F_t(x) = s_t * (sum_{i in TopK_t(x)} g_{t,i} E_i(x) + S(x))`, t = 1..C (eq. 1-4)."""
+
+    def __init__(self, config: CoEConfig):
+        super().__init__()
+        self.num_iterations = config.num_iterations
+        self.inner_residual = config.residual != "outer"
+        self.jitter_noise = config.router_jitter_noise
+        self.gate = CoETopKRouter(config)
+        self.experts = CoEExperts(config)
+        # CODEPATH: the paper's checkpoints have a shared expert, Mixtral's and Qwen3-MoE's chains do not
+        self.shared_expert = CoEMLP(config) if config.num_shared_experts else None
+        # CODEPATH: upcycled checkpoints learn a scale per iteration, models trained from scratch do not
+        self.iteration_scale = nn.Parameter(torch.empty(config.num_iterations)) if config.iteration_scale else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
+        update = self.iterate(hidden_states, 0)
+        for iteration in range(1, self.num_iterations):
+            if self.inner_residual:
+                update = update + self.iterate(hidden_states + update, iteration)
+            else:
+                update = self.iterate(update, iteration)
+        return update
+
+    def iterate(self, hidden_states: torch.Tensor, iteration: int) -> torch.Tensor:
+        """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert."""
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            hidden_states = hidden_states * noise
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens, iteration)
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(hidden_states)
+        if self.iteration_scale is not None:
+            output = output * self.iteration_scale[iteration]
+        return output
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class CoERMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class CoERotaryEmbedding(nn.Module):
+    def __init__(self, config: CoEConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: CoEConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `theta^(-2i/d)`, `[head_dim / 2]`, and the attention factor 1 (arXiv 2104.09864)."""
+        dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        exponent = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update  # power user: used with advanced RoPE types (e.g. dynamic rope)
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Rotates half the hidden dims of the input."""
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    """Rotates queries and keys `[B, heads, S, head_dim]` by their positions, `cos` and `sin` `[B, S, head_dim]`."""
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """`[B, num_key_value_heads, S, head_dim]` -> `[B, num_attention_heads, S, head_dim]`."""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+):
+    key_states = repeat_kv(key, module.num_key_value_groups)
+    value_states = repeat_kv(value, module.num_key_value_groups)
+
+    attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value_states)
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+@use_kernelized_func(apply_rotary_pos_emb)
+class CoEAttention(nn.Module):
+    """Multi-headed attention from 'Attention Is All You Need' paper, with grouped keys and values."""
+
+    def __init__(self, config: CoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_dim, key_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
+        # CODEPATH: chains upcycled from Qwen3 normalise each head, from OLMoE all heads together, from Mixtral neither
+        self.qk_norm = config.qk_norm
+        if self.qk_norm is not None:
+            per_head = self.qk_norm == "head"
+            self.q_norm = CoERMSNorm(self.head_dim if per_head else query_dim, eps=config.rms_norm_eps)
+            self.k_norm = CoERMSNorm(self.head_dim if per_head else key_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[FlashAttentionKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query_states, key_states = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.qk_norm == "full":
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.view(hidden_shape), key_states.view(hidden_shape)
+        if self.qk_norm == "head":
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class CoEDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: CoEConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        # CODEPATH: the paper's models end a layer with x_C itself, every other checkpoint adds to the residual stream
+        self.replaces_residual = config.residual == "inner"
+        self.self_attn = CoEAttention(config, layer_idx)
+        self.mlp = CoESparseMoeBlock(config)
+        self.input_layernorm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        normed = self.post_attention_layernorm(hidden_states)
+        residual = normed if self.replaces_residual else hidden_states
+        return residual + self.mlp(normed)
+
+
+@auto_docstring
+class CoEPreTrainedModel(PreTrainedModel):
+    config: CoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(CoETopKRouter, index=0),
+        "hidden_states": CoEDecoderLayer,
+        "attentions": CoEAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, CoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, CoETopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, CoESparseMoeBlock) and module.iteration_scale is not None:
+            init.ones_(module.iteration_scale)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant") and self.config.router_aux_loss_coef > 0:
+            raise ValueError(
+                "Gradient checkpointing with `use_reentrant=True` drops the gradient of the load-balancing loss. Pass "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`, or set `router_aux_loss_coef=0`."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """Grouped matrix products want rows of whole 16 bytes; without them the host takes the eager experts."""
+        for name in ("hidden_size", "intermediate_size"):
+            if (size := getattr(self.config, name)) % 8 != 0:
+                message = f"`experts_implementation='grouped_mm'` needs `{name}={size}` to be a multiple of 8."
+                logger.warning_once(f"{message} Using the slower eager experts.")
+                raise ValueError(message)
+        return super()._grouped_mm_can_dispatch()
+
+
+@auto_docstring
+class CoEModel(CoEPreTrainedModel):
+    def __init__(self, config: CoEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [CoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = CoERotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if inputs_embeds is None:
+            self._check_input_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        # CODEPATH: chains upcycled from Mistral keep its sliding window, the others attend to everything before
+        mask_function = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        causal_mask = mask_function(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _check_input_ids(self, input_ids: torch.LongTensor):
+        """A readable error where the lookup would raise an IndexError; on an accelerator the check would be a sync."""
+        if input_ids.numel() == 0:
+            raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} holds no token; pass at least one.")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            size = self.embed_tokens.num_embeddings
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"`input_ids` holds token id {low if low < 0 else high}, outside the embedding of {size} tokens. "
+                    "Use the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`."
+                )
+
+
+def load_balancing_loss_func(
+    router_logits: tuple[torch.Tensor, ...],
+    num_experts: int,
+    top_k: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""Switch Transformer's load-balancing loss over every router of the model (arXiv 2101.03961, eq. 4-6).
+
+    `N * sum_i f_i * P_i` with f_i the share of (token, router) pairs that chose expert i and P_i its mean probability.
+    It is K for balanced routers and at most N * K; 0 if every token is padding.
+
+    Args:
+        router_logits (`tuple` of `L * C` tensors of shape `(T, N)`): layer-major, as the model returns them.
+        num_experts (`int`): N.
+        top_k (`int`): K.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a token is padding and does not count.
+    """
+    device = router_logits[0].device
+    num_tokens = router_logits[0].shape[0]
+    if attention_mask is None:
+        token_weight = torch.ones(num_tokens, device=device)
+    else:
+        # A mask over cached tokens is longer than the tokens routed now.
+        sequence_length = num_tokens // attention_mask.shape[0]
+        token_weight = attention_mask[:, -sequence_length:].reshape(-1).to(device, torch.float32)
+    chosen = torch.zeros(num_experts, device=device)
+    probability = torch.zeros(num_experts, device=device)
+    for logits in router_logits:
+        probs = logits.to(device).float().softmax(dim=-1)
+        index = probs.topk(top_k, dim=-1).indices
+        chosen = chosen.scatter_add(0, index.reshape(-1), token_weight.repeat_interleave(top_k))
+        probability = probability + token_weight @ probs
+    count = (len(router_logits) * token_weight.sum()).clamp(min=1)
+    return num_experts * torch.sum((chosen / count) * (probability / count))
+
+
+@auto_docstring
+class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: CoEConfig):
+        super().__init__(config)
+        self.model = CoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        output_router_logits (`bool`, *optional*):
+            Return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major. The
+            load-balancing loss does not wait for it: in training, `router_aux_loss_coef > 0` alone adds it to `loss`.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_coe import CoEForCausalLM
+
+        >>> model = CoEForCausalLM.from_pretrained("runs/smoke")
+        >>> tokenizer = AutoTokenizer.from_pretrained("runs/smoke")
+
+        >>> inputs = tokenizer("Question: Tom has 3 apples and buys 4 more.", return_tensors="pt")
+        >>> tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=30))[0]
+        ```"""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        trains_router = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or trains_router,
+            **kwargs,
+        )
+
+        # `slice_logits_to_keep` of newer hosts knows more forms; this one is in every supported version.
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+
+        # Decoding has neither labels nor training without a cache, and pays nothing.
+        aux_loss = None
+        is_decoding = labels is None and (past_key_values is not None or not self.training)
+        if outputs.router_logits is not None and not is_decoding:
+            padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, padding_mask
+            )
+            if labels is not None:
+                share = self._share_of_batch(labels, **kwargs)
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    @staticmethod
+    def _share_of_batch(
+        labels: torch.LongTensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor | float:
+        """The target tokens here over those of the whole optimizer step, the weight of this micro-batch in its loss.
+
+        The language-model loss has it through `num_items_in_batch`; the auxiliary loss needs the same, or it grows
+        with the accumulation steps and the ranks (transformers#48690).
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        return targets.ne(-100).sum() / num_items_in_batch
+
+
+class CoEForSequenceClassification(GenericForSequenceClassification, CoEPreTrainedModel):
+    pass
+
+
+class CoEForTokenClassification(GenericForTokenClassification, CoEPreTrainedModel):
+    pass
+
+
+class CoEForQuestionAnswering(GenericForQuestionAnswering, CoEPreTrainedModel):
+    pass
+
+
+__all__ = [
+    "CoEForCausalLM",
+    "CoEForQuestionAnswering",
+    "CoEForSequenceClassification",
+    "CoEForTokenClassification",
+    "CoEModel",
+    "CoEPreTrainedModel",
+]
