@@ -1,0 +1,238 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Documents in, packed blocks out, answers scored.
+
+    documents = load_documents(data_arguments, seed)          # {"train", "validation"}: prompt + completion, or text
+    tokenizer = load_tokenizer(None, documents["train"], vocab_size)
+    blocks = pack(documents["train"], tokenizer, sequence_length)
+    answers = solve(model, tokenizer, documents["validation"].select(range(100)))
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from arguments import DataArguments
+from datasets import Dataset, DatasetDict, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl import pack_dataset
+from word_problems import word_problems
+
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
+    """The splits `train` and `validation`, with the columns `prompt` and `completion` or the one column `text`.
+
+    A question becomes the prompt `Question: ...\\nAnswer:`, its answer the completion. Without a split called
+    validation the test split is held out, without either the last `validation_size` of the shuffled documents.
+
+    Raises:
+        ValueError: an empty or missing split, or missing columns.
+    """
+    if arguments.dataset == "word_problems":
+        counts = {"train": arguments.train_problems, "validation": arguments.validation_problems}
+        splits = {
+            split: Dataset.from_list(list(word_problems(split, count, arguments.problem_level, seed)))
+            for split, count in counts.items()
+        }
+        columns = DataArguments()
+    else:
+        splits, columns = _hold_out(_read(arguments), arguments, seed), arguments
+    limits = {"train": arguments.max_train_documents, "validation": arguments.max_validation_documents}
+    for split, limit in limits.items():
+        if limit is not None:
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+        if len(splits[split]) == 0:
+            raise ValueError(f"The {split} split of `dataset={arguments.dataset}` is empty; give it documents.")
+        splits[split] = _lay_out(splits[split], split, columns)
+    return DatasetDict(splits)
+
+
+def _read(arguments: DataArguments) -> DatasetDict:
+    path = Path(arguments.dataset)
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
+        return load_dataset(FILE_FORMATS[path.suffix], data_files={"train": str(path)})
+    if path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
+        raise ValueError(f"`dataset={path}` holds no .json, .jsonl or .parquet file; put the documents there.")
+    return load_dataset(arguments.dataset, arguments.dataset_config)
+
+
+def _hold_out(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict[str, Dataset]:
+    if "train" not in splits:
+        raise ValueError(f"`dataset={arguments.dataset}` has the splits {list(splits)}; name one file or split train.")
+    for name in ("validation", "test"):
+        if name in splits:
+            return {"train": splits["train"], "validation": splits[name]}
+    size, total = arguments.validation_size, len(splits["train"])
+    if size is None or size >= total:
+        raise ValueError(
+            f"`dataset={arguments.dataset}` has {total} documents and no validation or test split, and "
+            f"`validation_size={size}`; set it to a number below {total}, or add a file called validation or test."
+        )
+    halves = splits["train"].train_test_split(test_size=size, seed=seed)
+    return {"train": halves["train"], "validation": halves["test"]}
+
+
+def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Dataset:
+    question, answer, text = arguments.question_column, arguments.answer_column, arguments.text_column
+    names = documents.column_names
+
+    def check(value, index):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"Document {index} of the {split} split holds {value!r}; every document must be a text.")
+        return value
+
+    def from_pair(row, index):
+        prompt = f"Question: {check(row[question], index)}\nAnswer:"
+        return {"prompt": prompt, "completion": f" {check(row[answer], index)}"}
+
+    def from_text(row, index):
+        return {"text": check(row[text], index)}
+
+    if question in names and answer in names:
+        return documents.map(from_pair, with_indices=True, remove_columns=names)
+    if text in names:
+        return documents.map(from_text, with_indices=True, remove_columns=names)
+    raise ValueError(
+        f"The {split} split has the columns {names}, neither `{text}` nor `{question}` and `{answer}`; name them with "
+        "`text_column`, or `question_column` and `answer_column`."
+    )
+
+
+def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`, or a byte-level BPE trained on `documents`; at most `vocab_size` tokens.
+
+    Digits are tokens of their own. `<bos>` starts what the trained tokenizer encodes; documents end with `<eos>`.
+
+    Raises:
+        ValueError: more tokens than the model's embedding has rows, or no token to end a document with.
+    """
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"`tokenizer={name}` has {len(tokenizer)} tokens, the model's embedding {vocab_size} rows; take a "
+                f"preset with `vocab_size` of at least {len(tokenizer)}."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"`tokenizer={name}` has no eos token, which ends every document; set one and save it.")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    return _train_tokenizer(documents, vocab_size)
+
+
+def _train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "<bos>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(specials):
+        raise ValueError(f"`vocab_size={vocab_size}` is below the {len(alphabet) + len(specials)} of 256 bytes and {specials}.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
+    bpe.train_from_iterator(("".join(row.values()) for row in documents), trainer, length=len(documents))
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def pack(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, split_long_documents: bool = False
+) -> Dataset:
+    """Blocks of whole documents: `input_ids` of at most `sequence_length` tokens, `seq_lengths` of their documents.
+
+    Raises:
+        ValueError: a document longer than a block, unless it may be split.
+    """
+    tokens = documents.map(
+        partial(_encode, tokenizer=tokenizer), batched=True, remove_columns=documents.column_names, desc="Tokenizing"
+    )
+    longest = max(len(ids) for ids in tokens["input_ids"])
+    if longest > sequence_length and not split_long_documents:
+        raise ValueError(
+            f"The longest document has {longest} tokens, `sequence_length={sequence_length}` at most; raise it to "
+            f"{longest}, or set `split_long_documents=true`."
+        )
+    return pack_dataset(tokens, sequence_length, strategy="bfd_split")
+
+
+def _encode(documents: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    end = [tokenizer.eos_token_id]
+    starts = tokenizer(documents["text" if "text" in documents else "prompt"]).input_ids
+    if "text" in documents:
+        return {"input_ids": [ids + end for ids in starts]}
+    completions = tokenizer(documents["completion"], add_special_tokens=False).input_ids
+    return {"input_ids": [start + completion + end for start, completion in zip(starts, completions, strict=True)]}
+
+
+def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Packed blocks -> `input_ids`, `position_ids`, `labels`, each `[B, S]`.
+
+    The positions restart with every document: so the attention keeps the documents of a block apart, as long as there
+    is neither a cache nor an attention mask. The first token of a document and the padding are no targets.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
+    for row, ids, targets, positions in zip(rows, input_ids, labels, position_ids, strict=True):
+        length = len(row["input_ids"])
+        ids[:length] = targets[:length] = torch.tensor(row["input_ids"])
+        starts = torch.tensor([0, *row["seq_lengths"]]).cumsum(0)
+        positions += torch.arange(width)
+        for start in starts.tolist():
+            positions[start:] = torch.arange(width - start)
+            targets[start : start + 1] = -100
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def final_answer(text: str) -> str | None:
+    """What stands behind the last `####`, without thousands separators; None if there is none."""
+    answers = re.findall(r"####\s*(\S+)", text)
+    return answers[-1].replace(",", "") if answers else None
+
+
+@torch.no_grad()
+def solve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Dataset,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+) -> list[dict]:
+    """Greedy answers to the prompts of `problems`: dicts of `prompt`, `expected`, `generated` and `solved`.
+
+    A problem is solved if the generated final answer is the expected one, character for character.
+    """
+    was_training = model.training
+    model.eval()
+    answers = []
+    for batch in problems.iter(batch_size):
+        inputs = tokenizer(batch["prompt"], return_tensors="pt", padding=True, padding_side="left")
+        inputs = inputs.to(model.device)
+        output = model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        for prompt, completion, text in zip(batch["prompt"], batch["completion"], texts, strict=True):
+            expected, answer = final_answer(completion), final_answer(text)
+            solved = expected is not None and answer == expected
+            answers.append({"prompt": prompt, "expected": completion, "generated": text, "solved": solved})
+    model.train(was_training)
+    return answers
