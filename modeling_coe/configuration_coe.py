@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CoE model configuration: Mixtral's fields under Mixtral's names, and the six that describe the chain."""
+"""CoE model configuration: Mixtral's fields under Mixtral's names, and those that describe the chain."""
 
 import difflib
 import math
@@ -49,6 +49,8 @@ QK_NORMS = (None, "head", "full")
         Learn one scalar per iteration on that iteration's output. Upcycled checkpoints start it at 1, 0, 0, ...
     qk_norm (`str`, *optional*):
         RMSNorm on queries and keys: `"head"` per head (Qwen3), `"full"` over all heads (OLMoE), `None` for none.
+    attention_bias (`bool`, *optional*, defaults to `False`):
+        Biases on the query, key, value and output projections, as Llama, Qwen3 and OLMoE sources may have them.
     """,
 )
 @strict
@@ -121,6 +123,7 @@ class CoEConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     iteration_scale: bool = False
     qk_norm: str | None = None
+    attention_bias: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0

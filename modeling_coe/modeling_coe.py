@@ -269,10 +269,12 @@ class CoEAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         query_dim, key_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=False)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
+        # CODEPATH: chains upcycled from Llama, Qwen3 or OLMoE sources with biased attention keep it, Mixtral has none
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=bias)
         # CODEPATH: chains upcycled from Qwen3 normalise each head, from OLMoE all heads together, from Mixtral neither
         self.qk_norm = config.qk_norm
         if self.qk_norm is not None:
