@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The typed arguments of the scripts: a recipe (`--config x.yaml`) gives the values, the command line overrides them.
 
-    model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
+model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
 """
 
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ class PretrainArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs every column."})
-    eval_on_end: bool = field(default=True, metadata={"help": "Evaluate the final model."})
+    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents in, packed blocks out, answers scored.
 
-    documents = load_documents(data_arguments, seed)          # {"train", "validation"}: prompt + completion, or text
-    tokenizer = load_tokenizer(None, documents["train"], vocab_size)
-    blocks = pack(documents["train"], tokenizer, sequence_length)
-    answers = solve(model, tokenizer, documents["validation"].select(range(100)))
+documents = load_documents(data_arguments, seed)          # {"train", "validation"}: prompt + completion, or text
+tokenizer = load_tokenizer(None, documents["train"], vocab_size)
+blocks = pack(documents["train"], tokenizer, sequence_length)
+answers = solve(model, tokenizer, documents["validation"].select(range(100)))
 """
 
 import re
@@ -131,9 +131,7 @@ def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> Pre
 def _train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     specials = ["<pad>", "<bos>", "<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(specials):
-        raise ValueError(f"`vocab_size={vocab_size}` is below the {len(alphabet) + len(specials)} of 256 bytes and {specials}.")
-    bpe = Tokenizer(models.BPE())
+XX    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -194,6 +192,19 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
             positions[start:] = torch.arange(width - start)
             targets[start : start + 1] = -100
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+def as_problems(documents: Dataset, count: int) -> Dataset:
+    """The first `count` documents as prompt and completion; of a plain text the first quarter is the prompt."""
+    documents = documents.select(range(min(count, len(documents))))
+    if "prompt" in documents.column_names:
+        return documents
+
+    def cut(row):
+        end = max(1, len(row["text"]) // 4)
+        return {"prompt": row["text"][:end], "completion": row["text"][end:]}
+
+    return documents.map(cut, remove_columns=["text"])
 
 
 def final_answer(text: str) -> str | None:

@@ -1,0 +1,159 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are complete or not there, and the record of a run that a resumed one must match.
+
+A checkpoint is written to `.partial/checkpoint-N`, flushed to disk, listed with the size of each file, and only then
+renamed to `checkpoint-N`. Whatever kills the process, a folder called `checkpoint-N` was whole when it got its name.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+PARTIAL = ".partial"
+MANIFEST = "files.json"
+RECORD = "run.json"
+
+
+class AtomicCheckpoints:
+    """For a `Trainer` subclass, in front of it: `class Mine(AtomicCheckpoints, Trainer)`.
+
+    Raises:
+        OSError: a checkpoint could not be written, for instance on a full disk; earlier ones are untouched.
+    """
+
+    _is_saving = False
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(folder, name, self.args.save_total_limit)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(
+                f"Could not write {folder / name} ({free:.0f} MiB free): {error}. Make room or choose another "
+                f"`output_dir`; the same command then continues from {newest_checkpoint(folder) or 'the start'}."
+            ) from error
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+
+
+def publish(folder: Path, name: str, keep: int | None):
+    """Flush and rename `.partial/name` to `name`, then drop all but the newest `keep` checkpoints."""
+    partial = folder / PARTIAL / name
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    write_json(partial / MANIFEST, {str(path.relative_to(partial)): path.stat().st_size for path in files})
+    for path in [*files, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        flush(path)
+    discard(folder / name)
+    os.replace(partial, folder / name)
+    flush(folder)
+    if keep is not None and keep > 0:
+        for path in checkpoints(folder)[:-keep]:
+            discard(path)
+    shutil.rmtree(folder / PARTIAL)
+
+
+def flush(path: Path):
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path):
+    """Remove a checkpoint that may exist; it loses its name first, so a half-removed one is never found."""
+    if path.exists():
+        condemned = path.parent / PARTIAL / f"discarded-{path.name}"
+        condemned.parent.mkdir(exist_ok=True)
+        os.replace(path, condemned)
+        shutil.rmtree(condemned)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders called `checkpoint-N`, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files all have their recorded size; warns of the damaged ones it passes over."""
+    for path in reversed(checkpoints(folder)):
+        manifest = path / MANIFEST
+        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
+        damaged = [name for name, size in sizes.items() if not _has_size(path / name, size)]
+        if sizes and not damaged:
+            return path
+        warnings.warn(
+            f"{path} is incomplete ({', '.join(damaged) or MANIFEST}) and is not resumed from.", stacklevel=2
+        )
+    return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def prepare_output(folder: Path):
+    """Create `folder`, show that it takes files, and remove what a killed run left half-written.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    try:
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        (folder / PARTIAL).mkdir(parents=True)
+        (folder / PARTIAL / "probe").write_text("probe")
+        shutil.rmtree(folder / PARTIAL)
+    except OSError as error:
+        raise OSError(f"Cannot write to `output_dir={folder}`: {error}. Choose a folder you can write to.") from error
+
+
+def match_record(folder: Path, record: dict, is_resumed: bool):
+    """Keep `record` in the folder; if the run is a resumed one, it must be the record already there.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    path = folder / RECORD
+    if is_resumed and path.is_file():
+        before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(record)))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{folder} holds a run with `{key}={before.get(key)!r}`, this one has `{now.get(key)!r}`. Restore "
+                    "the value to continue that run, or choose another `output_dir` for a new one."
+                )
+    else:
+        write_json(path, record)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_json(path: Path, content):
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    flush(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,193 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrain a CoE model from a preset and let it speak. Two minutes on a laptop's CPU, no data, no network:
+
+    python train/pretrain.py --config configuration/pretrain/smoke.yaml
+
+On your own text (a folder with train.jsonl and test.jsonl, a file or a Hub id), on all GPUs of a machine:
+
+    accelerate launch train/pretrain.py --config configuration/pretrain/paper.yaml --dataset path/or/hub-id
+
+A run that was killed continues from its newest complete checkpoint with the same command. `output_dir` holds the
+final model with its tokenizer, loss_curve.jsonl and .png, samples.json and facts.json.
+"""
+
+import hashlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, set_seed
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
+from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
+from report import Curve, Progress, environment, peak_memory, plot_curve
+
+
+class Pretrainer(AtomicCheckpoints, Trainer):
+    """Trainer that writes whole checkpoints, stops at a NaN, and scores the held-out problems when it evaluates."""
+
+    def __init__(self, *args, problems: Dataset, max_new_tokens: int, **kwargs):
+        super().__init__(*args, preprocess_logits_for_metrics=sum_of_losses, compute_metrics=loss_per_token, **kwargs)
+        self.problems, self.max_new_tokens = problems, max_new_tokens
+        self.answers, self.metrics, self.evaluated_step = [], {}, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        # fp16's loss scaler meets infinite gradients as a matter of course and skips those updates.
+        watched = ("loss", "eval_loss") if self.args.fp16 else ("loss", "grad_norm", "eval_loss")
+        bad = {name: logs[name] for name in watched if name in logs and not math.isfinite(logs[name])}
+        if bad:
+            good = newest_checkpoint(Path(self.args.output_dir))
+            raise FloatingPointError(
+                f"{bad} at step {self.state.global_step}: training stops. The last good checkpoint is {good}; lower "
+                "`learning_rate`, or look at the data of the last steps."
+            )
+        super().log(logs | {"memory_gib": peak_memory(self.args.device)}, start_time)
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs | {"ignore_keys": ["aux_loss", "router_logits"]})
+        output.metrics["eval_loss"] = output.metrics.pop("eval_loss_per_token")
+        if len(self.problems):
+            self.answers = solve(
+                self.model,
+                self.processing_class,
+                self.problems,
+                self.args.per_device_eval_batch_size,
+                self.max_new_tokens,
+            )
+            if any("####" in answer["expected"] for answer in self.answers):
+                output.metrics["eval_solved"] = sum(answer["solved"] for answer in self.answers) / len(self.answers)
+        self.metrics, self.evaluated_step = output.metrics, self.state.global_step
+        return output
+
+
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`[B, S, V]`, `[B, S]` -> the summed loss and the number of targets of each row, `[B, 2]`."""
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return torch.stack([losses.sum(-1), labels[:, 1:].ne(-100).sum(-1)], dim=-1)
+
+
+def loss_per_token(evaluation) -> dict[str, float]:
+    """Every held-out token counts the same, however the rows were batched."""
+    total, count = evaluation.predictions.astype(np.float64).sum(axis=0)
+    return {"loss_per_token": total / count}
+
+
+def build_model(arguments: ModelArguments, tokenizer, sequence_length: int):
+    """A model with random weights from a preset, or the pretrained one of a checkpoint."""
+    config = AutoConfig.from_pretrained(arguments.model)
+    if sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"`sequence_length={sequence_length}` exceeds `max_position_embeddings={config.max_position_embeddings}` "
+            f"of {arguments.model}; shorten it, or raise the preset's."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    options = {"attn_implementation": arguments.attn_implementation}
+    if is_preset(arguments.model):
+        return AutoModelForCausalLM.from_config(config, **options)
+    return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
+
+
+def is_preset(model: str) -> bool:
+    return Path(model).suffix == ".json"
+
+
+def record_of(model, blocks: Dataset, training: PretrainArguments) -> dict:
+    """Everything that the trajectory of a run depends on, except how long it lasts."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(np.array([*block["input_ids"], -1, *block["seq_lengths"], -1]).tobytes())
+    names = (
+        "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size optim learning_rate "
+        "lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16"
+    ).split()
+    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
+    arguments = training.to_dict()
+    return {
+        "model": config,
+        "data": digest.hexdigest(),
+        "training": {name: training.world_size if name == "world_size" else arguments[name] for name in names},
+    }
+
+
+def main(arguments: list[str] | None = None):
+    model_arguments, data_arguments, training = parse(
+        ModelArguments, DataArguments, PretrainArguments, arguments=arguments
+    )
+    output = Path(training.output_dir)
+    if training.process_index == 0:
+        prepare_output(output)
+    set_seed(training.seed)
+
+    name = model_arguments.tokenizer or (None if is_preset(model_arguments.model) else model_arguments.model)
+    vocab_size = AutoConfig.from_pretrained(model_arguments.model).vocab_size
+    with training.main_process_first():
+        documents = load_documents(data_arguments, training.seed)
+        tokenizer = load_tokenizer(name, documents["train"], vocab_size)
+        length, split = data_arguments.sequence_length, data_arguments.split_long_documents
+        blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
+    model = build_model(model_arguments, tokenizer, length)
+
+    checkpoint = newest_checkpoint(output)
+    if training.process_index == 0:
+        match_record(output, record_of(model, blocks["train"], training), is_resumed=checkpoint is not None)
+    trainer = Pretrainer(
+        model=model,
+        args=training,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[Curve()],
+        problems=as_problems(documents["validation"], data_arguments.scored_problems),
+        max_new_tokens=data_arguments.max_new_tokens,
+    )
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress())
+
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        report(trainer, model_arguments, data_arguments, result.metrics["train_runtime"], checkpoint)
+
+
+def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seconds: float, checkpoint: Path | None):
+    """Write facts.json, samples.json and loss_curve.png, and print the result with two samples."""
+    output = Path(trainer.args.output_dir)
+    facts = {
+        "model": model.model,
+        "dataset": data.dataset,
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "validation_loss": trainer.metrics["eval_loss"],
+        "share_solved": trainer.metrics.get("eval_solved"),
+        "scored_problems": len(trainer.answers),
+        "train_seconds": round(seconds, 1),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "peak_memory_gib": round(peak_memory(trainer.args.device), 3),
+        "seed": trainer.args.seed,
+        **environment(trainer.args.device),
+    }
+    write_json(output / "samples.json", trainer.answers)
+    plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(model.model).stem}")
+    write_json(output / "facts.json", facts)
+    for answer in trainer.answers[:2]:
+        print(f"\n{answer['prompt']}{answer['generated']}\n({'solved' if answer['solved'] else 'not solved'})")
+    print(f"\n{json.dumps(facts, indent=2)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves for its reader: progress, `loss_curve.jsonl`, `loss_curve.png`, and the facts of its machine."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+CURVE = "loss_curve.jsonl"
+
+
+class Progress(ProgressCallback):
+    """A bar with loss, tokens per second and memory; evaluations get a line of their own."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            speed = f"{logs['train_tokens_per_second']:,.0f} tokens/s, " if "train_tokens_per_second" in logs else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{logs['memory_gib']:.2f} GiB")
+        elif "eval_loss" in logs:
+            solved = f", solved {logs['eval_solved']:.1%}" if "eval_solved" in logs else ""
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{solved}")
+
+
+class Curve(TrainerCallback):
+    """Keeps `loss_curve.jsonl`; a resumed run first goes back to what its checkpoint had logged."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._write(args, state.log_history, "w")
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._write(args, state.log_history[-1:], "a")
+
+    def _write(self, args, rows: list[dict], mode: str):
+        with open(Path(args.output_dir) / CURVE, mode) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows if "loss" in row or "eval_loss" in row)
+
+
+def plot_curve(rows: list[dict], path: Path, title: str):
+    """Training and held-out loss over the training tokens, and the share of held-out problems solved, as PNG."""
+    train = [(row["num_input_tokens_seen"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["num_input_tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    solved = [(row["num_input_tokens_seen"], 100 * row["eval_solved"]) for row in rows if "eval_solved" in row]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.5, label="training loss")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", color="#08519c", markersize=4, label="held-out loss")
+    axis.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title, ylim=(0, None), xlim=(0, None))
+    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    lines = axis.get_lines()
+    if solved:
+        share = axis.twinx()
+        share.plot(*zip(*solved, strict=True), "s--", color="#d94801", markersize=4, label="held-out problems solved")
+        share.set(ylabel="solved (%)", ylim=(0, 100))
+        share.spines["top"].set_visible(False)
+        lines = [*lines, *share.get_lines()]
+    labels = [line.get_label() for line in lines]
+    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most this process held, of the accelerator if there is one, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def environment(device: torch.device) -> dict:
+    """Device, versions and commit, for the record of a result; the commit is None outside a git checkout."""
+    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} (CPU)",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
