@@ -32,6 +32,7 @@ from .modeling_coe import (
     CoEModel,
     CoEPreTrainedModel,
 )
+from .upcycling import downcycle, upcycle
 
 
 __version__ = "0.1.0"
@@ -59,4 +60,6 @@ __all__ = [
     "CoEForTokenClassification",
     "CoEModel",
     "CoEPreTrainedModel",
+    "downcycle",
+    "upcycle",
 ]
