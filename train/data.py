@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from arguments import DataArguments
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
+
+from arguments import DataArguments
 from word_problems import word_problems
 
 
@@ -131,7 +132,9 @@ def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> Pre
 def _train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     specials = ["<pad>", "<bos>", "<eos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-XX    bpe = Tokenizer(models.BPE())
+    if vocab_size < (smallest := len(alphabet) + len(specials)):
+        raise ValueError(f"`vocab_size={vocab_size}` must be at least {smallest}: the bytes and {specials}.")
+    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
