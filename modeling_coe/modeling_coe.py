@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -379,6 +380,16 @@ class CoEPreTrainedModel(PreTrainedModel):
         "hidden_states": CoEDecoderLayer,
         "attentions": CoEAttention,
     }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). Nothing "
+                "was loaded: download or save the checkpoint again."
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -1,0 +1,69 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's equations as loops over tokens, iterations and experts: what the model must equal.
+
+Nothing here is fast and nothing is shared with the package but the weights.
+"""
+
+import torch
+
+
+def swiglu(x, gate, up, down):
+    """E(x) = down @ (silu(gate @ x) * (up @ x)) for one token `x [H]`."""
+    gated = gate @ x
+    return down @ (gated * torch.sigmoid(gated) * (up @ x))
+
+
+def iteration(x, block, config, t):
+    """F_t(x) of one token `x [H]`: router t, its K best experts, the shared expert (eq. 1-3)."""
+    router = block.gate.weight[t if config.independent_gating else 0]
+    probabilities = torch.exp(router @ x) / torch.exp(router @ x).sum()
+    chosen = sorted(range(config.num_local_experts), key=lambda i: -probabilities[i].item())
+    chosen = chosen[: config.num_experts_per_tok]
+    total = sum(probabilities[i] for i in chosen) if config.norm_topk_prob else 1.0
+    output = torch.zeros_like(x)
+    for i in chosen:
+        gate, up = block.experts.gate_up_proj[i].chunk(2)
+        output = output + probabilities[i] / total * swiglu(x, gate, up, block.experts.down_proj[i])
+    if config.num_shared_experts:
+        shared = block.shared_expert
+        output = output + swiglu(x, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+    if config.iteration_scale:
+        output = output * block.iteration_scale[t]
+    return output
+
+
+def chain(h, x_0, block, config):
+    """The sparse half of a layer for one token: stream `h [H]`, normalised stream `x_0 [H]` -> new stream `[H]`."""
+    x = x_0
+    for t in range(config.num_iterations):
+        x = iteration(x, block, config, t) if config.residual == "outer" else x + iteration(x, block, config, t)
+    return {"nested": h + (x - x_0), "inner": x, "outer": h + x}[config.residual]
+
+
+def rms_norm(x, norm):
+    return norm.weight * x / torch.sqrt((x * x).mean() + norm.variance_epsilon)
+
+
+def sparse_half(stream, layer, config):
+    """`[B, S, H]` after attention -> `[B, S, H]` after the chain, token by token."""
+    flat = stream.reshape(-1, stream.shape[-1])
+    out = [chain(h, rms_norm(h, layer.post_attention_layernorm), layer.mlp, config) for h in flat]
+    return torch.stack(out).view_as(stream)
+
+
+def load_balancing_loss(router_logits, num_experts, top_k, attention_mask):
+    """Switch's loss (arXiv 2101.03961, eq. 4-6) over all routers, counted token by token."""
+    keep = [bool(m) for m in attention_mask.reshape(-1)]
+    count, chosen, probability = 0, [0.0] * num_experts, [0.0] * num_experts
+    for logits in router_logits:
+        for token, row in enumerate(logits):
+            if not keep[token]:
+                continue
+            count += 1
+            probabilities = torch.softmax(row.double(), dim=0)
+            for i in range(num_experts):
+                probability[i] = probability[i] + probabilities[i]
+            for i in sorted(range(num_experts), key=lambda i: -probabilities[i].item())[:top_k]:
+                chosen[i] += 1.0
+    return num_experts * sum(c / count * p / count for c, p in zip(chosen, probability, strict=True))
