@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -139,12 +140,14 @@ class CoESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
-        update = self.iterate(hidden_states, 0)
-        for iteration in range(1, self.num_iterations):
-            if self.inner_residual:
-                update = update + self.iterate(hidden_states + update, iteration)
-            else:
-                update = self.iterate(update, iteration)
+        # An adapter on the experts is merged into them once for all iterations, not once for each.
+        with parametrize.cached():
+            update = self.iterate(hidden_states, 0)
+            for iteration in range(1, self.num_iterations):
+                if self.inner_residual:
+                    update = update + self.iterate(hidden_states + update, iteration)
+                else:
+                    update = self.iterate(update, iteration)
         return update
 
     def iterate(self, hidden_states: torch.Tensor, iteration: int) -> torch.Tensor:
