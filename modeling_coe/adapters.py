@@ -1,0 +1,99 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""LoRA for the whole chain: attention, the fused experts and the routers, and a count of what really learns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .configuration_coe import CoEConfig
+from .modeling_coe import CoEForCausalLM
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SHARED_EXPERT = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj")
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+ROUTERS = ("full", "lora", "none")
+COMPONENTS = {"self_attn": "attention", "experts": "experts", "shared_expert": "shared_expert", "gate": "router"}
+
+
+def lora_config(
+    model: nn.Module, experts: bool = True, router: str = "full", r: int = 8, lora_alpha: int | None = None, **kwargs
+) -> LoraConfig:
+    """A `peft.LoraConfig` for attention, the experts and the routers of a CoE model.
+
+    The fused experts are parameters and no `nn.Linear`, so PEFT leaves them alone unless `target_parameters` names
+    them; `LoraConfig(target_modules="all-linear")` adapts attention and the shared expert only.
+
+    Args:
+        model: a CoE model of any head; its configuration decides what there is to adapt.
+        experts: adapt the routed and the shared experts.
+        router: `"full"` trains the routers themselves (C * N * H parameters a layer), `"lora"` a rank-r update of
+            each, `"none"` freezes them.
+        r: rank; an expert pool has `r * N * (3 * H + 3 * I)` parameters a layer.
+        lora_alpha: the update is scaled by `lora_alpha / r`; `2 * r` by default.
+        kwargs: any other field of `LoraConfig`; adapted parameters know neither `lora_dropout` nor `use_dora`.
+
+    Raises:
+        ValueError: not a CoE model, or an unknown `router`.
+    """
+    from peft import LoraConfig
+
+    config = model.config
+    if not isinstance(config, CoEConfig):
+        raise ValueError(f"`model` has a {type(config).__name__}; `lora_config` adapts CoE models only.")
+    if router not in ROUTERS:
+        raise ValueError(f"`router={router!r}` must be one of {ROUTERS}.")
+    modules, parameters = list(ATTENTION), []
+    if experts:
+        parameters += EXPERTS
+        modules += SHARED_EXPERT if config.num_shared_experts else ()
+    if router == "lora":
+        parameters += ["mlp.gate.weight"]
+    options = {
+        "r": r,
+        "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "modules_to_save": ["mlp.gate"] if router == "full" else None,
+        "task_type": "CAUSAL_LM" if isinstance(model, CoEForCausalLM) else None,
+    }
+    return LoraConfig(**(options | kwargs))
+
+
+def count_adapted(model: PeftModel) -> dict[str, int]:
+    """Trainable parameters by component: attention, experts, shared_expert, router, and other for the rest.
+
+    Raises:
+        ValueError: nothing is trainable, or a tensor named in `target_parameters` has no adapter.
+    """
+    counts, adapted = Counter(), set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            component = next((value for key, value in COMPONENTS.items() if key in name.split(".")), "other")
+            counts[component] += parameter.numel()
+            adapted.add(component)
+    wanted = set(model.peft_config[model.active_adapter].target_parameters or ())
+    if not counts:
+        raise ValueError("No parameter of the model is trainable; load the adapter with `is_trainable=True`.")
+    if wanted & set(EXPERTS) and "experts" not in adapted:
+        raise ValueError(f"`target_parameters={sorted(wanted)}` names the experts, but none has an adapter.")
+    return dict(counts)

@@ -1,0 +1,272 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a CoE costs before it exists: parameters, FLOPs and training memory in closed form, nothing is allocated.
+
+Shape letters: T tokens of a micro-batch, S sequence, H hidden, I expert width, N experts, K experts per iteration,
+C iterations, L layers, V vocabulary, Q and D the widths of all query and of all key heads.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from .configuration_coe import CoEConfig
+
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZERS = {"adamw": 32, "adamw_8bit": 8, "adamw_4bit": 4, "none": 0}
+EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "coe")
+
+
+def head_widths(config: CoEConfig) -> tuple[int, int]:
+    """Q and D, the widths of the query and of the key projection."""
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+
+
+def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
+    """Every parameter tensor of `CoEForCausalLM` as (component, number of such tensors, elements of one)."""
+    V, H, I, L = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    N, C, W = config.num_local_experts, config.num_iterations, config.num_shared_experts * config.intermediate_size
+    Q, D = head_widths(config)
+    tensors = [
+        ("embedding", 1, V * H),
+        ("attention", 2 * L, H * Q),
+        ("attention", 2 * L, H * D),
+        ("norms", 2 * L + 1, H),
+        ("router", L, (C if config.independent_gating else 1) * N * H),
+        ("experts", L, N * 2 * I * H),
+        ("experts", L, N * H * I),
+    ]
+    if config.qk_norm is not None:
+        head_dim = Q // config.num_attention_heads
+        per_head = config.qk_norm == "head"
+        tensors += [("norms", L, head_dim if per_head else Q), ("norms", L, head_dim if per_head else D)]
+    if config.num_shared_experts:
+        tensors += [("shared_expert", 3 * L, H * W)]
+    if config.iteration_scale:
+        tensors += [("iteration_scale", L, C)]
+    if not config.tie_word_embeddings:
+        tensors += [("lm_head", 1, V * H)]
+    return tensors
+
+
+def count_parameters(config: CoEConfig) -> dict[str, int]:
+    """Parameters by component; their sum is the total. A tied head counts once, as the embedding."""
+    counts = Counter()
+    for component, number, elements in parameter_tensors(config):
+        counts[component] += number * elements
+    return dict(counts)
+
+
+def count_active_parameters(config: CoEConfig) -> int:
+    """The parameters one token can meet: everything but the experts that its C * K choices leave out."""
+    counts = count_parameters(config)
+    visited = min(config.num_local_experts, config.num_iterations * config.num_experts_per_tok)
+    return sum(counts.values()) - counts["experts"] * (config.num_local_experts - visited) // config.num_local_experts
+
+
+def count_expert_combinations(config: CoEConfig) -> int:
+    """C(N, K) ** C, the ways a token can go through one layer (paper, section 5): an exact integer."""
+    return math.comb(config.num_local_experts, config.num_experts_per_tok) ** config.num_iterations
+
+
+def equal_compute_moe(config: CoEConfig) -> CoEConfig:
+    """The MoE(C*K/N) that the paper compares CoE-C(K/N) with: one iteration, C times the routed experts.
+
+    The shared expert stays as it is, so a chain with one computes it C - 1 times more often.
+
+    Raises:
+        ValueError: the chain visits more experts than there are, C * K > N.
+    """
+    top_k = config.num_iterations * config.num_experts_per_tok
+    if top_k > config.num_local_experts:
+        raise ValueError(
+            f"A chain of {config.num_iterations} x {config.num_experts_per_tok} experts has no equal-compute MoE with "
+            f"`num_local_experts={config.num_local_experts}`; it would need {top_k}."
+        )
+    return CoEConfig(**(config.to_dict() | {"num_iterations": 1, "num_experts_per_tok": top_k}))
+
+
+def forward_flops(config: CoEConfig, sequence_length: int) -> dict[str, float]:
+    """FLOPs of one token's forward pass by component, a multiply-add as two, averaged over a causal sequence."""
+    H, I, L, C, K = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_iterations,
+        config.num_experts_per_tok,
+    )
+    Q, D = head_widths(config)
+    window = min(config.sliding_window or sequence_length, sequence_length)
+    # The first `window` tokens see 1, 2, ..., window keys, each later one sees `window`.
+    visible = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    return {
+        "attention": L * 2 * (2 * H * Q + 2 * H * D),
+        "attention_scores": L * 2 * 2 * Q * visible,
+        "router": L * C * 2 * H * config.num_local_experts,
+        "experts": L * C * K * 2 * 3 * H * I,
+        "shared_expert": L * C * 2 * 3 * H * I * config.num_shared_experts,
+        "lm_head": 2 * H * config.vocab_size,
+    }
+
+
+def training_flops(config: CoEConfig, sequence_length: int, gradient_checkpointing: bool = False) -> float:
+    """FLOPs of one token's forward and backward: three forwards, and the layers once more when recomputed."""
+    flops = forward_flops(config, sequence_length)
+    recomputed = sum(flops.values()) - flops["lm_head"] if gradient_checkpointing else 0
+    return 3 * sum(flops.values()) + recomputed
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained, as far as memory depends on it.
+
+    Args:
+        batch_size: sequences of one micro-batch on one device.
+        sequence_length: tokens of a sequence.
+        packed: the sequences hold several documents, so that attention has a mask and repeats grouped keys and values.
+        dtype: of the weights, and so of the gradients.
+        autocast: fp32 weights under bf16 autocast, `bf16: true` of the Trainer.
+        optimizer: `adamw`, torchao's `adamw_8bit` and `adamw_4bit`, or `none`.
+        optimizer_block_size: values that share one scale in the quantised states; 256 is the Trainer's.
+        offload_optimizer: the states live in CPU memory.
+        gradient_checkpointing: a layer keeps its input only and is computed again in the backward pass.
+        skip_logits: the loss is computed without the full logits.
+        experts_implementation: `grouped_mm` or `coe`.
+    """
+
+    batch_size: int = 1
+    sequence_length: int = 512
+    packed: bool = False
+    dtype: str = "float32"
+    autocast: bool = False
+    optimizer: str = "adamw"
+    optimizer_block_size: int = 256
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    skip_logits: bool = False
+    experts_implementation: str = "grouped_mm"
+
+    def __post_init__(self):
+        for name, known in (
+            ("dtype", BYTES),
+            ("optimizer", OPTIMIZERS),
+            ("experts_implementation", EXPERTS_IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {tuple(known)}.")
+        if self.autocast and self.dtype != "float32":
+            raise ValueError(f"`autocast=True` keeps fp32 weights; with `dtype={self.dtype!r}` leave it off.")
+        for name in ("batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of one element of the residual stream; autocast leaves it in the weights' dtype."""
+        return BYTES[self.dtype]
+
+    @property
+    def linear_bytes(self) -> int:
+        """Of one element that an `nn.Linear` reads or writes."""
+        return 2 if self.autocast else BYTES[self.dtype]
+
+
+def saved_activations(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]:
+    """Bytes that autograd keeps between one micro-batch's forward and backward, without recomputation, by component.
+
+    Read off the model's code, per token: an element of the residual stream has r bytes, of a linear layer m bytes.
+    """
+    T, H, V, L = setup.tokens, config.hidden_size, config.vocab_size, config.num_hidden_layers
+    r, m = setup.stream_bytes, setup.linear_bytes
+    weight_copies = 0
+    if setup.autocast:
+        counts = count_parameters(config) | ({"lm_head": V * H} if config.tie_word_embeddings else {})
+        weight_copies = 2 * sum(counts.get(name, 0) for name in ("attention", "shared_expert", "lm_head"))
+    # Token ids and targets (int64), the head's input, and either the logits' fp32 log-softmax or its two gradients.
+    head = m * (H + V * H / T) if setup.skip_logits else m * H + 4 * V
+    return {
+        "norms": T * (2 * L + 1) * _saved_norm(H, 1, r),
+        "attention": T * L * _saved_attention(config, setup),
+        "router": L * config.num_iterations * _saved_router(config, setup),
+        "experts": T * L * config.num_iterations * _saved_experts(config, setup),
+        "shared_expert": T * L * config.num_iterations * _saved_shared_expert(config, setup),
+        "loss": int(T * (16 + head)),
+        "weight_copies": weight_copies,
+    }
+
+
+def _saved_norm(width: int, rows: int, element: int) -> int:
+    """An RMSNorm of `rows` rows: its input in fp32, the normalised values in the input's dtype, a fp32 rsqrt per row."""
+    return 4 * width + element * width + 4 * rows
+
+
+def _saved_inputs(linears: int, width: int, setup: TrainingSetup) -> int:
+    """What linears of one common input keep of it: the input itself, or under autocast a bf16 copy each."""
+    return linears * 2 * width if setup.autocast else setup.stream_bytes * width
+
+
+def _saved_attention(config: CoEConfig, setup: TrainingSetup) -> int:
+    Q, D = head_widths(config)
+    m = setup.linear_bytes
+    # Queries, keys, values, output, and the fp32 log-sum-exp per head; RoPE's tables are shared by all layers.
+    keys = Q if setup.packed else D
+    saved = _saved_inputs(3, config.hidden_size, setup) + m * (2 * Q + 2 * keys) + 4 * config.num_attention_heads
+    if config.qk_norm is not None:
+        per_head = config.qk_norm == "head"
+        saved += _saved_norm(Q, config.num_attention_heads if per_head else 1, m)
+        saved += _saved_norm(D, config.num_key_value_heads if per_head else 1, m)
+    return saved
+
+
+def _saved_router(config: CoEConfig, setup: TrainingSetup) -> int:
+    """One iteration's router, for all T tokens."""
+    N, K, H, r = config.num_local_experts, config.num_experts_per_tok, config.hidden_size, setup.stream_bytes
+    # x_{t-1} in fp32, the softmax, the chosen indices (int64); the shared expert keeps x_{t-1} as it is.
+    saved = 4 * H + 4 * N + 8 * K
+    if r < 4 and config.num_shared_experts:
+        saved += r * H
+    if config.norm_topk_prob:
+        saved += 4 * K + 4
+    if config.router_aux_loss_coef > 0:
+        saved += 4 * N
+    if config.router_jitter_noise > 0:
+        saved += r * H
+    # The fp32 copy of the weight does not grow with the tokens.
+    return setup.tokens * saved + (4 * N * H if r < 4 else 0)
+
+
+def _saved_experts(config: CoEConfig, setup: TrainingSetup) -> int:
+    """One iteration's experts, per token."""
+    K, H, I = config.num_experts_per_tok, config.hidden_size, config.intermediate_size
+    # grouped_mm is not an autocast operation: its operands keep the weights' dtype.
+    e = setup.stream_bytes
+    scale = e * H if config.iteration_scale else 0
+    if setup.experts_implementation == "coe":
+        return scale + K * (2 * I * e + 8 + 4)
+    # Per choice: three permutations (int64), the gathered input, gate and up, silu(gate), its product with up,
+    # the expert's output, its weight (fp32).
+    return scale + K * (3 * 8 + e * (H + 2 * I + I + I + H) + 4)
+
+
+def _saved_shared_expert(config: CoEConfig, setup: TrainingSetup) -> int:
+    """One iteration's shared expert, per token: gate, up, silu(gate) and the product; its input is the router's."""
+    width = config.num_shared_experts * config.intermediate_size
+    copies = _saved_inputs(2, config.hidden_size, setup) if setup.autocast and width else 0
+    return copies + 4 * setup.linear_bytes * width
