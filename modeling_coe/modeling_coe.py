@@ -579,12 +579,16 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""
         output_router_logits (`bool`, *optional*):
-            Return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major. The
+            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major. The
             load-balancing loss does not wait for it: in training, `router_aux_loss_coef > 0` alone adds it to `loss`.
+        skip_logits (`bool`, *optional*):
+            With `labels`, compute the same loss 512 tokens at a time and return no logits. The full logits are the
+            largest tensor in the training of a small model.
 
         Example:
 
@@ -613,13 +617,15 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-        # `slice_logits_to_keep` of newer hosts knows more forms; this one is in every supported version.
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        loss = logits = None
+        if skip_logits and labels is not None:
+            loss = self._loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            # `slice_logits_to_keep` of newer hosts knows more forms; this one is in every supported version.
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
 
         # Decoding has neither labels nor training without a cache, and pays nothing.
         aux_loss = None
@@ -642,6 +648,26 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`ForCausalLMLoss` of `[B, S, H]`, whose logits exist for 512 tokens at a time, in the backward pass too."""
+        targets = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.reshape(-1).to(hidden_states.device)
+        if num_items_in_batch is None:
+            num_items_in_batch = targets.ne(-100).sum()
+
+        def summed_loss(states, chunk_targets):
+            return F.cross_entropy(self.lm_head(states).float(), chunk_targets, reduction="sum")
+
+        chunks = zip(hidden_states.flatten(0, 1).split(512), targets.split(512), strict=True)
+        return sum(checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks) / num_items_in_batch
 
     @staticmethod
     def _share_of_batch(
