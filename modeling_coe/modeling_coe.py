@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -687,15 +688,26 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         return targets.ne(-100).sum() / num_items_in_batch
 
 
-class CoEForSequenceClassification(GenericForSequenceClassification, CoEPreTrainedModel):
+class CoETaskHead:
+    """Makes the base model known to AutoModel, through which the host's generic heads build it.
+
+    Where this file is a checkpoint's remote code, nothing else does.
+    """
+
+    def __init__(self, config):
+        AutoModel.register(type(config), CoEModel, exist_ok=True)
+        super().__init__(config)
+
+
+class CoEForSequenceClassification(CoETaskHead, GenericForSequenceClassification, CoEPreTrainedModel):
     pass
 
 
-class CoEForTokenClassification(GenericForTokenClassification, CoEPreTrainedModel):
+class CoEForTokenClassification(CoETaskHead, GenericForTokenClassification, CoEPreTrainedModel):
     pass
 
 
-class CoEForQuestionAnswering(GenericForQuestionAnswering, CoEPreTrainedModel):
+class CoEForQuestionAnswering(CoETaskHead, GenericForQuestionAnswering, CoEPreTrainedModel):
     pass
 
 

@@ -1,0 +1,250 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading: Auto classes, remote code, broken files, bad input, memory."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import SMALL, build, tokens
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+import modeling_coe
+
+
+AUTO_CLASSES = {
+    AutoModel: modeling_coe.CoEModel,
+    AutoModelForCausalLM: modeling_coe.CoEForCausalLM,
+    AutoModelForSequenceClassification: modeling_coe.CoEForSequenceClassification,
+    AutoModelForTokenClassification: modeling_coe.CoEForTokenClassification,
+    AutoModelForQuestionAnswering: modeling_coe.CoEForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES, ids=lambda c: c.__name__)
+def test_auto_classes_save_and_load_each_model(auto_class, tmp_path):
+    model = build(AUTO_CLASSES[auto_class])
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is AUTO_CLASSES[auto_class]
+    for (name, expected), (_, parameter) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+
+
+def test_heads_load_the_base_models_weights(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    head = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(head.model.layers[1].mlp.gate.weight, model.model.layers[1].mlp.gate.weight)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base.layers[0].mlp.experts.down_proj, model.model.layers[0].mlp.experts.down_proj)
+
+
+def test_disk_layout_is_fused_and_named_like_mixtrals(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    prefix = "model.layers.1.mlp"
+    assert shapes[f"{prefix}.experts.gate_up_proj"] == (7, 48, 48)
+    assert shapes[f"{prefix}.experts.down_proj"] == (7, 48, 24)
+    assert shapes[f"{prefix}.gate.weight"] == (3, 7, 48)
+    assert set(shapes) == set(model.state_dict())
+
+
+def test_freshly_loaded_model_uses_the_fast_experts(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._experts_implementation == build().config._experts_implementation != "eager"
+    assert loaded.config._attn_implementation == "sdpa"
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert eager.config._experts_implementation == "eager"
+
+
+def test_experts_no_grouped_product_can_take_fall_back_in_sight(capfd):
+    model = build(intermediate_size=18)
+    assert model.config._experts_implementation == "eager"
+    assert torch.isfinite(model(tokens(1, 4)).logits).all()
+    with pytest.raises(ValueError, match="intermediate_size=18"):
+        model.set_experts_implementation("grouped_mm")
+
+
+def run_without_the_package(code, folder):
+    """Runs code in a fresh process that cannot import `modeling_coe` from anywhere but the checkpoint."""
+    blocker = textwrap.dedent("""
+        import sys
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "modeling_coe":
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Blocker())
+        try:
+            import modeling_coe
+            raise SystemExit("the package is importable")
+        except ModuleNotFoundError:
+            pass
+    """)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", blocker + textwrap.dedent(code)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_remote_code_gives_the_same_logits_without_the_package(tmp_path):
+    model = build(num_shared_experts=1, qk_norm="head", iteration_scale=True)
+    model.save_pretrained(tmp_path / "checkpoint")
+    build(modeling_coe.CoEForSequenceClassification).save_pretrained(tmp_path / "classifier")
+    torch.save((tokens(2, 6), model(tokens(2, 6)).logits), tmp_path / "expected.pt")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(config["auto_map"])
+    result = run_without_the_package(
+        """
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+        input_ids, expected = torch.load("expected.pt")
+        config = AutoConfig.from_pretrained("checkpoint", trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained("checkpoint", trust_remote_code=True)
+        assert config.num_iterations == 3 and "transformers_modules" in type(model).__module__
+        assert model.config._experts_implementation != "eager", model.config._experts_implementation
+        torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=1e-5)
+        assert model.generate(input_ids, max_new_tokens=3, do_sample=False).shape == (2, 9)
+        base = AutoModel.from_pretrained("checkpoint", trust_remote_code=True)
+        assert torch.equal(base.layers[0].mlp.gate.weight, model.model.layers[0].mlp.gate.weight)
+        classifier = AutoModelForSequenceClassification.from_pretrained("classifier", trust_remote_code=True)
+        assert classifier(input_ids[:1]).logits.shape == (1, 2)
+        model.save_pretrained("again")
+        again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+        torch.testing.assert_close(again(input_ids).logits, expected, rtol=0, atol=1e-5)
+        print("same logits")
+        """,
+        tmp_path,
+    )
+    assert result.stdout.strip().endswith("same logits"), result.stderr[-3000:]
+
+
+def test_remote_code_needs_no_package_but_the_hosts(model, tmp_path):
+    from transformers.dynamic_module_utils import get_imports
+
+    model.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.py"))
+    assert {"configuration_coe.py", "modeling_coe.py"} <= set(files)
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
+    for file in files:
+        assert set(get_imports(tmp_path / file)) <= allowed, file
+
+
+BREAKAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "corrupted header": lambda data: b"\xff" * 16 + data[16:],
+    "not safetensors": lambda data: b"<html>404</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_weight_files_are_refused_by_name(model, tmp_path, breakage):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(BREAKAGES[breakage](file.read_bytes()))
+    with pytest.raises(OSError, match=r"truncated or corrupted(.|\n)*Nothing was loaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_shard_is_refused_by_name(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    lost = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    lost.unlink()
+    with pytest.raises(OSError, match=lost.name):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_local_experts": 9}, {"num_iterations": 2}, {"hidden_size": 96}])
+def test_mismatched_shapes_load_nothing(model, tmp_path, change):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **change)
+
+
+@pytest.mark.parametrize("token", [-1, SMALL["vocab_size"], 10**6])
+def test_token_ids_out_of_range_are_named(model, token):
+    with pytest.raises(ValueError, match=f"token id {token}, outside the embedding of 99"):
+        model(torch.tensor([[5, token, 6]]))
+
+
+def test_empty_input_is_refused(model):
+    for shape in ((1, 0), (0, 4)):
+        with pytest.raises(ValueError, match="holds no token"):
+            model(torch.empty(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_load_time_peak_is_below_a_fifth_over_the_checkpoint(tmp_path):
+    config = modeling_coe.CoEConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_local_experts=32
+    )
+    model = modeling_coe.CoEForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 380 * 2**20 < size < 450 * 2**20
+    del model
+    script = f"""
+        import modeling_coe, torch
+        from transformers import AutoModelForCausalLM
+        modeling_coe.CoEForCausalLM(modeling_coe.CoEConfig(hidden_size=32, num_hidden_layers=1, vocab_size=8))
+        print("ready", flush=True); input()
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+        total = sum(float(p.sum()) for p in model.parameters())  # every page is really in memory
+        print("loaded", flush=True); input()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        watched = psutil.Process(process.pid)
+        assert process.stdout.readline().strip() == "ready"
+        before, peak, done = watched.memory_full_info().uss, 0, threading.Event()
+
+        def watch():
+            nonlocal peak
+            while not done.is_set():
+                peak = max(peak, watched.memory_full_info().uss)
+                time.sleep(0.01)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == "loaded"
+        done.set()
+        watcher.join()
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert (peak - before) < 1.2 * size
+
+
+def test_shards_reassemble(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens(1, 5)).logits, model(tokens(1, 5)).logits, rtol=0, atol=1e-5)
+
+
+def test_half_precision_checkpoints_keep_their_dtype(model, tmp_path):
+    model.bfloat16().save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "coe"
