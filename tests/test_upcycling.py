@@ -424,7 +424,7 @@ def convert(stop):
         nonlocal events
         path = str(arguments[0]) if arguments else ""
         writes = event in ("os.rename", "os.mkdir", "os.chmod", "os.remove", "half a file")
-        writes |= event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wxa+")
+        writes |= event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wxa")
         if writes and path.startswith(str(folder)):
             events += 1
             if events == stop:
@@ -622,6 +622,87 @@ def test_what_mixtral_cannot_express_is_refused_by_name(overrides, tmp_path):
 def test_only_a_coe_can_be_downcycled():
     with pytest.raises(ValueError, match="model_type='llama'"):
         downcycle(source_model("llama"))
+
+
+PEAK_OF_CONVERSION = """
+import json, sys
+import modeling_coe
+
+def status():
+    lines = (line.split() for line in open("/proc/self/status"))
+    return {words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("VmHWM:", "VmRSS:")}
+
+source, output, shard = sys.argv[1:]
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # VmHWM starts again from here
+before = status()["VmRSS:"]
+modeling_coe.upcycle(source, output, num_iterations=2, max_shard_size=shard)
+print(json.dumps({"before": before, "peak": status()["VmHWM:"]}))
+"""
+
+
+def large_checkpoint(folder, layout, num_layers):
+    """A random bf16 Mixtral of 2 GiB at 12 layers in a file per layer; returns its bytes and a layer's."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=1024, intermediate_size=3584, num_hidden_layers=num_layers, vocab_size=4096,
+        num_attention_heads=16, num_key_value_heads=4, num_local_experts=8, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(folder)
+    files, weight_map, sizes = {}, {}, {}
+    for name, tensor in state.items():
+        file = f"{name.split('.')[2]}.safetensors" if ".layers." in name else "rest.safetensors"
+        files.setdefault(file, {})[name] = tensor
+    for file, tensors in files.items():
+        tensors = {name: torch.randn(tensor.shape).bfloat16() for name, tensor in tensors.items()}
+        for name in [name for name in tensors if ".experts." in name and layout == "separate"]:
+            prefix, whole = name.rpartition(".")[0].replace(".mlp.", ".block_sparse_moe."), tensors.pop(name)
+            for expert, matrix in enumerate(whole):
+                halves = matrix.chunk(2) if name.endswith("gate_up_proj") else (matrix,)
+                for half, part in zip(("w1", "w3") if len(halves) == 2 else ("w2",), halves, strict=True):
+                    tensors[f"{prefix}.{expert}.{half}.weight"] = part.contiguous()
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        sizes[file] = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(sizes.values()), sizes["0.safetensors"]
+
+
+def measure_peak(folder, layout, num_layers=12, shard=512_000_000):
+    """Bytes of a streaming conversion in a process of its own: how far the peak of RAM rises above the imports."""
+    total, layer = large_checkpoint(folder / "source", layout, num_layers)
+    command = [
+        sys.executable,
+        "-c",
+        PEAK_OF_CONVERSION,
+        str(folder / "source"),
+        str(folder / "chain"),
+        f"{shard // 10**6}MB",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    memory = json.loads(done.stdout)
+    return {
+        "layout": layout,
+        "checkpoint": total,
+        "largest_layer": layer,
+        "shard": shard,
+        "allowed": int(1.5 * layer) + shard,
+        "rise": memory["peak"] - memory["before"],
+        "before": memory["before"],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("layout", ["separate", "fused"])
+def test_streaming_holds_one_shard_and_less_than_one_and_a_half_layers(layout, tmp_path):
+    measured = measure_peak(tmp_path, layout)
+    assert measured["checkpoint"] > 2 * 2**30
+    assert measured["rise"] <= measured["allowed"]
 
 
 def run_script(monkeypatch, *arguments):
