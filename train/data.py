@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
@@ -22,6 +23,7 @@ from arguments import DataArguments
 from word_problems import word_problems
 
 
+PROMPT = "Question: {}\nAnswer:"
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -58,10 +60,18 @@ def _read(arguments: DataArguments) -> DatasetDict:
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
-        return load_dataset(FILE_FORMATS[path.suffix], data_files={"train": str(path)})
-    if path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
+        options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": str(path)}}
+    elif path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
         raise ValueError(f"`dataset={path}` holds no .json, .jsonl or .parquet file; put the documents there.")
-    return load_dataset(arguments.dataset, arguments.dataset_config)
+    else:
+        options = {"path": arguments.dataset, "name": arguments.dataset_config}
+    try:
+        return load_dataset(**options)
+    except (ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"`dataset={path}` cannot be read: {reason} Repair or remove the empty or broken file."
+        ) from error
 
 
 def _hold_out(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict[str, Dataset]:
@@ -90,8 +100,7 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
         return value
 
     def from_pair(row, index):
-        prompt = f"Question: {check(row[question], index)}\nAnswer:"
-        return {"prompt": prompt, "completion": f" {check(row[answer], index)}"}
+        return {"prompt": PROMPT.format(check(row[question], index)), "completion": f" {check(row[answer], index)}"}
 
     def from_text(row, index):
         return {"text": check(row[text], index)}
@@ -184,16 +193,14 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    for row, ids, targets, positions in zip(rows, input_ids, labels, position_ids, strict=True):
+    position_ids = torch.empty_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for index, row in enumerate(rows):
         length = len(row["input_ids"])
-        ids[:length] = targets[:length] = torch.tensor(row["input_ids"])
-        starts = torch.tensor([0, *row["seq_lengths"]]).cumsum(0)
-        positions += torch.arange(width)
-        for start in starts.tolist():
-            positions[start:] = torch.arange(width - start)
-            targets[start : start + 1] = -100
+        input_ids[index, :length] = labels[index, :length] = torch.tensor(row["input_ids"])
+        segments = [*row["seq_lengths"], width - length]
+        position_ids[index] = torch.cat([torch.arange(segment) for segment in segments])
+    labels[position_ids == 0] = -100
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
 

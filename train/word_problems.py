@@ -27,13 +27,19 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class Level:
-    """How many steps a problem takes, and the largest number that occurs in it."""
+    """The operations of a problem, how many steps it takes, and the largest number that occurs in it."""
 
+    operations: str
     steps: tuple[int, int]
     largest: int
 
 
-LEVELS = {1: Level((1, 2), 20), 2: Level((2, 3), 50), 3: Level((2, 4), 200), 4: Level((3, 6), 1000)}
+LEVELS = {
+    1: Level("+-", (1, 2), 20),
+    2: Level("+-*/", (2, 3), 50),
+    3: Level("+-*/", (2, 4), 200),
+    4: Level("+-*/", (3, 6), 1000),
+}
 
 Plan = tuple[int, tuple[tuple[str, int], ...]]
 
@@ -44,24 +50,23 @@ def word_problems(split: str, count: int, level: int = 1, seed: int = 0) -> Iter
     Questions may repeat in training once a level's supply is short; those of the validation split are all different.
 
     Raises:
-        ValueError: an unknown level, or more validation problems than 50 draws each can find.
+        ValueError: an unknown level, or more validation problems than there are.
     """
     if level not in LEVELS:
         raise ValueError(f"`level={level}` is unknown; choose one of {sorted(LEVELS)}.")
     rng = random.Random(f"{split}/{level}/{seed}")
-    seen = set()
-    draws = 0
+    seen: set[str] = set()
+    draws_in_vain = 0
     while count > 0:
-        draws += 1
         plan = draw_plan(rng, LEVELS[level])
-        if split_of(plan) != split:
-            continue
         problem = tell(plan, rng)
+        if split_of(plan) != split or problem["question"] in seen:
+            draws_in_vain += 1
+            if draws_in_vain > 10_000:
+                raise ValueError(f"Level {level} has hardly more than {len(seen)} {split} problems; ask for fewer.")
+            continue
+        draws_in_vain = 0
         if split == "validation":
-            if draws > 50 * (count + len(seen)) + 1000:
-                raise ValueError(f"level {level} has only {len(seen)} different validation problems; ask for fewer.")
-            if problem["question"] in seen:
-                continue
             seen.add(problem["question"])
         count -= 1
         yield problem
@@ -83,7 +88,7 @@ def draw_plan(rng: random.Random, level: Level) -> Plan:
             "*": range(2, min(9, level.largest // total) + 1),
             "/": [n for n in range(2, 10) if total % n == 0 and n < total],
         }
-        operation = rng.choice([operation for operation, numbers in choices.items() if numbers])
+        operation = rng.choice([operation for operation in level.operations if choices[operation]])
         number = rng.choice(choices[operation])
         total = apply(operation, total, number)
         steps.append((operation, number))

@@ -1,0 +1,245 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The generated problems, the documents of every source, packing, and the scoring of answers."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+
+from arguments import DataArguments
+from data import as_problems, collate, final_answer, load_documents, load_tokenizer, pack, solve
+from modeling_coe import CoEConfig, CoEForCausalLM
+from word_problems import LEVELS, Level, word_problems
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return load_documents(DataArguments(train_problems=300, validation_problems=23), seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return load_tokenizer(None, documents["train"], 320)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = CoEConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_local_experts=5, num_experts_per_tok=2, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    return CoEForCausalLM(config).eval()
+
+
+def read_story(question: str) -> int:
+    """The answer of a generated question from its words alone."""
+    first, *events, _ = re.split(r"(?<=[.?]) ", question)
+    total = int(re.search(r"\d+", first)[0])
+    for event in events:
+        number = int(re.search(r"\d+", event)[0])
+        if "times as many" in event:
+            total *= number
+        elif "one box" in event or "one part" in event:
+            assert total % number == 0
+            total //= number
+        elif re.search("buys|finds|gives .* more", event):
+            total += number
+        elif re.search("gives away|loses|sells", event):
+            total -= number
+        else:
+            raise AssertionError(f"unknown event {event!r}")
+    return total
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_answers_follow_from_the_words_of_the_question(level):
+    for problem in word_problems("train", 400, level, seed=level):
+        *steps, last = problem["answer"].split("\n")
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+        assert last == f"#### {read_story(problem['question'])}"
+        assert LEVELS[level].steps[0] <= len(steps) <= LEVELS[level].steps[1]
+
+
+def plan(problem: dict) -> tuple:
+    """What a problem computes, names and objects left out; read from the text, not from the generator."""
+    return problem["question"].split()[2], tuple(re.findall(r"[-+*/]\d+", problem["answer"]))
+
+
+def test_no_computation_of_the_held_out_problems_occurs_in_training_at_any_seed_or_level():
+    train = {plan(p) for level in LEVELS for seed in (0, 1) for p in word_problems("train", 2000, level, seed)}
+    held_out = [plan(p) for level in LEVELS for seed in (0, 1) for p in word_problems("validation", 300, level, seed)]
+    assert len(set(held_out)) > 500
+    assert not train.intersection(held_out)
+
+
+def test_problems_depend_on_split_level_and_seed_alone():
+    first = list(word_problems("train", 50, 2, seed=7))
+    assert first == list(word_problems("train", 80, 2, seed=7))[:50]
+    assert first != list(word_problems("train", 50, 2, seed=8))
+    questions = [problem["question"] for problem in word_problems("validation", 700)]
+    assert len(set(questions)) == 700
+
+
+def test_too_many_different_problems_and_unknown_levels_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"level=9.*choose one of"):
+        next(word_problems("train", 1, level=9))
+    monkeypatch.setitem(LEVELS, 1, Level("+-", (1, 1), 3))
+    with pytest.raises(ValueError, match=r"ask for fewer"):
+        list(word_problems("validation", 10**6))
+
+
+ROWS = [{"question": f"What is {n} + {n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(9)]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_folder_is_read_by_its_file_names_and_gives_prompts_and_completions(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS[:6])
+    write(tmp_path / "test.jsonl", ROWS[6:])
+    (tmp_path / "LICENSE").write_text("no data")
+    loaded = load_documents(DataArguments(dataset=str(tmp_path)))
+    assert len(loaded["train"]) == 6
+    assert loaded["validation"][0] == {
+        "prompt": "Question: What is 6 + 6?\nAnswer:",
+        "completion": " 6+6=12\n#### 12",
+    }
+
+
+def test_parquet_text_and_renamed_columns_are_read(tmp_path):
+    Dataset.from_list([{"body": f"line {n}"} for n in range(10)]).to_parquet(tmp_path / "all.parquet")
+    arguments = DataArguments(dataset=str(tmp_path / "all.parquet"), text_column="body", validation_size=3)
+    loaded = load_documents(arguments, seed=1)
+    assert loaded["train"].column_names == ["text"] and len(loaded["validation"]) == 3
+    texts = loaded["train"]["text"][:] + loaded["validation"]["text"][:]
+    assert sorted(texts) == [f"line {n}" for n in range(10)]
+    assert loaded["validation"]["text"][:] == load_documents(arguments, seed=1)["validation"]["text"][:]
+
+
+def test_bad_datasets_are_refused_with_the_remedy(tmp_path):
+    only_train = write(tmp_path / "a" / "train.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"validation_size=None.*set it"):
+        load_documents(DataArguments(dataset=only_train))
+    with pytest.raises(ValueError, match=r"columns.*'question', 'answer'.*text_column"):
+        load_documents(DataArguments(dataset=only_train, validation_size=2, answer_column="reply"))
+    holes = write(tmp_path / "b" / "train.jsonl", [*ROWS, {"question": "And?", "answer": ""}])
+    with pytest.raises(ValueError, match=r"holds ''"):
+        load_documents(DataArguments(dataset=holes, validation_size=2))
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.json"):
+        load_documents(DataArguments(dataset=str(tmp_path / "c")))
+    with pytest.raises(ValueError, match=r"no JSON"):
+        load_documents(DataArguments(dataset=write(tmp_path / "d.csv", ROWS)))
+    with pytest.raises(ValueError, match=r"sequence_length=0"):
+        DataArguments(sequence_length=0)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "cut of'])
+def test_an_empty_or_broken_file_is_refused(tmp_path, content):
+    write(tmp_path / "train.jsonl", [{"text": "a"}])
+    (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot be read.*Repair"):
+        load_documents(DataArguments(dataset=str(tmp_path)))
+
+
+def test_a_split_limited_to_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr("data.word_problems", lambda *_: iter([]))
+    with pytest.raises(ValueError, match=r"train split of .* is empty"):
+        load_documents(DataArguments())
+
+
+def test_the_trained_tokenizer_splits_digits_and_returns_every_text(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer("1207")["input_ids"]) == ["<bos>", "1", "2", "0", "7"]
+    for text in ("Mia has 12 plums.\n#### 12", "  two  spaces, Žofie 漢字 🙂\t"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_the_embedding_cannot_hold_is_refused(tokenizer, documents, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path), documents["train"], len(tokenizer))) == len(tokenizer)
+    with pytest.raises(ValueError, match=rf"has {len(tokenizer)} tokens.*`vocab_size`"):
+        load_tokenizer(str(tmp_path), documents["train"], len(tokenizer) - 1)
+    with pytest.raises(ValueError, match=r"vocab_size=100.*at least 259"):
+        load_tokenizer(None, documents["train"], 100)
+
+
+def test_packing_keeps_every_document_whole_and_once(documents, tokenizer):
+    blocks = pack(documents["train"], tokenizer, 200)
+    packed = []
+    for block in blocks:
+        assert len(block["input_ids"]) <= 200
+        packed += [ids.tolist() for ids in torch.tensor(block["input_ids"]).split(block["seq_lengths"])]
+    whole = [[*tokenizer(row["prompt"] + row["completion"]).input_ids, 2] for row in documents["train"]]
+    assert sorted(packed) == sorted(whole)
+    assert len(blocks) < 0.5 * len(whole)
+
+
+def test_a_document_longer_than_a_block_is_refused_or_split(documents, tokenizer):
+    with pytest.raises(ValueError, match=r"sequence_length=40.*split_long_documents"):
+        pack(documents["train"], tokenizer, 40)
+    split = pack(documents["train"], tokenizer, 40, split_long_documents=True)
+    whole = pack(documents["train"], tokenizer, 200)
+    assert max(map(len, split["input_ids"])) == 40
+    assert sum(map(len, split["input_ids"])) == sum(map(len, whole["input_ids"]))
+
+
+def summed_loss(model, batch) -> float:
+    targets = batch["labels"].ne(-100).sum().item()
+    return model(**batch, use_cache=False).loss.item() * targets
+
+
+def test_a_packed_batch_has_the_loss_of_its_documents_one_by_one(documents, tokenizer, model):
+    few = documents["train"].select(range(11))
+    packed = collate(list(pack(few, tokenizer, 200)), pad_token_id=0)
+    alone = [collate([row], pad_token_id=0) for row in pack(few, tokenizer, 90) if len(row["seq_lengths"]) == 1]
+    singles = [
+        collate([{"input_ids": ids, "seq_lengths": [len(ids)]}], pad_token_id=0)
+        for ids in ([*tokenizer(row["prompt"] + row["completion"]).input_ids, 2] for row in few)
+    ]
+    assert packed["input_ids"].shape[0] < len(singles) and alone
+    assert packed["labels"].eq(-100).sum() > len(singles)  # starts and padding
+    expected = sum(summed_loss(model, batch) for batch in singles)
+    with torch.no_grad():
+        assert summed_loss(model, packed) == pytest.approx(expected, rel=1e-5)
+        # Without the restarting positions the documents of a block see each other.
+        del packed["position_ids"]
+        assert summed_loss(model, packed) != pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("3+4=7\n#### 7", "7"), ("#### 1\n#### 1,234", "1234"), ("no answer", None), ("####-5 ", "-5"), ("####", None)],
+)
+def test_the_final_answer_stands_behind_the_last_mark(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_generated_in(documents, tokenizer, model):
+    answer_all = partial(solve, model, tokenizer, documents["validation"].select(range(7)), max_new_tokens=9)
+    together, alone = answer_all(batch_size=7), answer_all(batch_size=1)
+    assert together == alone
+    assert len({answer["generated"] for answer in alone}) > 1
+
+
+def test_only_the_expected_final_answer_counts_as_solved(documents, tokenizer, model, monkeypatch):
+    problems = as_problems(documents["validation"], 5)
+    right = [final_answer(row["completion"]) for row in problems]
+    texts = [f"#### {right[0]}", f"#### {right[1]}0", "no mark", f"#### 99\n#### {right[3]}", f"so #### {right[4]} ."]
+    ids = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt").input_ids
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, ids], dim=1))
+    assert [a["solved"] for a in solve(model, tokenizer, problems)] == [True, False, False, True, True]
+
+
+def test_a_plain_text_becomes_a_prompt_and_its_continuation():
+    texts = Dataset.from_list([{"text": "abcdefgh"}, {"text": "xy"}])
+    assert as_problems(texts, 9)[:] == {"prompt": ["ab", "x"], "completion": ["cdefgh", "y"]}

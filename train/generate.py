@@ -1,0 +1,36 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a saved model one question, in the layout it was trained on:
+
+python train/generate.py --model runs/smoke --question "Mia has 7 apples. Mia buys 5 more. How many are there now?"
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from arguments import parse
+from data import PROMPT
+
+
+@dataclass
+class GenerateArguments:
+    """The checkpoint, the question, and the longest answer."""
+
+    question: str = field(metadata={"help": "One problem in words."})
+    model: str = field(default="runs/smoke", metadata={"help": "Checkpoint folder or Hub id."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+
+
+def main(arguments: list[str] | None = None):
+    (options,) = parse(GenerateArguments, arguments=arguments)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    inputs = tokenizer(PROMPT.format(options.question), return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()
