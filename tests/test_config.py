@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL, build
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, MixtralConfig
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_coe import CoEConfig
 
