@@ -49,6 +49,8 @@ def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
         ("experts", L, N * 2 * I * H),
         ("experts", L, N * H * I),
     ]
+    if config.attention_bias:
+        tensors += [("attention", L, Q), ("attention", 2 * L, D), ("attention", L, H)]
     if config.qk_norm is not None:
         head_dim = Q // config.num_attention_heads
         per_head = config.qk_norm == "head"
@@ -199,21 +201,21 @@ def saved_activations(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]
     if setup.autocast:
         counts = count_parameters(config) | ({"lm_head": V * H} if config.tie_word_embeddings else {})
         weight_copies = 2 * sum(counts.get(name, 0) for name in ("attention", "shared_expert", "lm_head"))
-    # Token ids and targets (int64), the head's input, and either the logits' fp32 log-softmax or its two gradients.
-    head = m * (H + V * H / T) if setup.skip_logits else m * H + 4 * V
+    # Token ids and targets (int64), the head's input, and the fp32 log-softmax of the logits.
+    head = r * H if setup.skip_logits else m * H + 4 * V
     return {
         "norms": T * (2 * L + 1) * _saved_norm(H, 1, r),
         "attention": T * L * _saved_attention(config, setup),
         "router": L * config.num_iterations * _saved_router(config, setup),
         "experts": T * L * config.num_iterations * _saved_experts(config, setup),
         "shared_expert": T * L * config.num_iterations * _saved_shared_expert(config, setup),
-        "loss": int(T * (16 + head)),
+        "loss": T * (16 + head),
         "weight_copies": weight_copies,
     }
 
 
 def _saved_norm(width: int, rows: int, element: int) -> int:
-    """An RMSNorm of `rows` rows: its input in fp32, the normalised values in the input's dtype, a fp32 rsqrt per row."""
+    """An RMSNorm of `rows` rows: its input in fp32, the normalised values as they came, a fp32 rsqrt per row."""
     return 4 * width + element * width + 4 * rows
 
 
@@ -227,7 +229,8 @@ def _saved_attention(config: CoEConfig, setup: TrainingSetup) -> int:
     m = setup.linear_bytes
     # Queries, keys, values, output, and the fp32 log-sum-exp per head; RoPE's tables are shared by all layers.
     keys = Q if setup.packed else D
-    saved = _saved_inputs(3, config.hidden_size, setup) + m * (2 * Q + 2 * keys) + 4 * config.num_attention_heads
+    mask = m * setup.sequence_length if setup.packed else 0
+    saved = mask + _saved_inputs(3, config.hidden_size, setup) + m * (2 * Q + 2 * keys) + 4 * config.num_attention_heads
     if config.qk_norm is not None:
         per_head = config.qk_norm == "head"
         saved += _saved_norm(Q, config.num_attention_heads if per_head else 1, m)
@@ -270,3 +273,72 @@ def _saved_shared_expert(config: CoEConfig, setup: TrainingSetup) -> int:
     width = config.num_shared_experts * config.intermediate_size
     copies = _saved_inputs(2, config.hidden_size, setup) if setup.autocast and width else 0
     return copies + 4 * setup.linear_bytes * width
+
+
+def optimizer_bytes(config: CoEConfig, setup: TrainingSetup) -> int:
+    """Exactly what the optimizer's states occupy, wherever they live."""
+    bits = OPTIMIZERS[setup.optimizer]
+    if bits == 0:
+        return 0
+    total = 0
+    for _, number, elements in parameter_tensors(config):
+        # The step count is a fp32 scalar; both moments have the dtype of the weights.
+        state = 4 + 2 * elements * BYTES[setup.dtype]
+        if bits < 32 and elements >= 4096 and elements % setup.optimizer_block_size == 0:
+            # torchao: codes, a fp32 scale per block, a fp32 table of the 2^bits values a code stands for.
+            moment = elements * bits // 8 + 4 * (elements // setup.optimizer_block_size) + 4 * 2**bits
+            state = 4 + 2 * moment
+        total += number * state
+    return total
+
+
+def kv_cache_bytes(config: CoEConfig, batch_size: int, length: int, dtype: str = "bfloat16") -> int:
+    """Keys and values of `batch_size` sequences of `length` tokens; a chain needs no more of them than a MoE."""
+    _, D = head_widths(config)
+    kept = min(config.sliding_window or length, length)
+    return 2 * config.num_hidden_layers * D * batch_size * kept * BYTES[dtype]
+
+
+def training_memory(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]:
+    """Bytes on the device at the highest point of an optimizer step, by component; their sum is the prediction.
+
+    `activations` are kept through the whole backward pass, `backward` is the larger of two transients: the logits with
+    their gradient, or the backward pass of one layer, recomputed if it is checkpointed. Neither the allocator's
+    fragmentation nor the driver's own memory (about half a GiB on CUDA) is part of it.
+    """
+    total, width = sum(count_parameters(config).values()), BYTES[setup.dtype]
+    T, H, L = setup.tokens, config.hidden_size, config.num_hidden_layers
+    saved = saved_activations(config, setup)
+    loss, copies = saved.pop("loss"), saved.pop("weight_copies")
+    kept, layer = sum(saved.values()), 0
+    if setup.gradient_checkpointing:
+        layer = kept // L
+        kept = L * T * H * setup.stream_bytes
+        # The routers' logits outlive their layer for the load-balancing loss.
+        kept += L * config.num_iterations * T * 8 * config.num_local_experts * (config.router_aux_loss_coef > 0)
+    return {
+        "weights": total * width,
+        "gradients": total * width,
+        "optimizer": 0 if setup.offload_optimizer else optimizer_bytes(config, setup),
+        "activations": kept + copies,
+        "backward": max(loss + _logits_transient(config, setup), layer + _layer_transient(config, setup)),
+    }
+
+
+def _logits_transient(config: CoEConfig, setup: TrainingSetup) -> int:
+    """The gradients of the log-softmax and of the logits, both fp32, and the head's new weight gradient."""
+    V = config.vocab_size
+    gradient = V * config.hidden_size * BYTES[setup.dtype]
+    if not setup.skip_logits:
+        return setup.tokens * 8 * V + gradient
+    # One chunk's log-softmax and the same two gradients, and the sum of the chunks' weight gradients so far.
+    return min(512, setup.tokens) * 12 * V + 2 * gradient
+
+
+def _layer_transient(config: CoEConfig, setup: TrainingSetup) -> int:
+    """The gradients of one iteration's expert inputs (fp32) and hidden values, or those of the layer's expert pool."""
+    K, H, I = config.num_experts_per_tok, config.hidden_size, config.intermediate_size
+    e = setup.stream_bytes
+    # When the pool's gradients are complete, the layer has given back more than the rest of its transients.
+    pool = 3 * config.num_local_experts * H * I * BYTES[setup.dtype]
+    return max(setup.tokens * (K * (4 * H + e * 3 * I) + 2 * e * H), pool)
