@@ -1,6 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Two gloo ranks through the host's DistributedConfig: one process's loss and gradients, with C expert calls a layer."""
+"""Two gloo ranks through the host's DistributedConfig give one process's loss and gradients."""
 
 import socket
 
