@@ -48,6 +48,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coe import CoEConfig
+from .experts_coe import router_linear
 
 
 logger = logging.get_logger(__name__)
@@ -102,7 +103,7 @@ class CoETopKRouter(nn.Module):
         weight = self.weight[iteration % self.weight.shape[0]]
         # In bf16 the top-k of a few tokens in a thousand would differ.
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.float(), weight.float())
+            router_logits = router_linear(hidden_states, weight)
         router_scores, router_indices = torch.topk(router_logits.softmax(dim=-1), self.top_k, dim=-1)
         if self.norm_topk_prob:
             router_scores = router_scores / router_scores.sum(dim=-1, keepdim=True)
@@ -424,6 +425,11 @@ class CoEPreTrainedModel(PreTrainedModel):
                 logger.warning_once(f"{message} Using the slower eager experts.")
                 raise ValueError(message)
         return super()._grouped_mm_can_dispatch()
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where nobody chooses and the host would take `grouped_mm`, the same products with less memory."""
+        applicable_experts = super().get_correct_experts_implementation(requested_experts)
+        return "coe" if requested_experts is None and applicable_experts == "grouped_mm" else applicable_experts
 
 
 @auto_docstring

@@ -1,0 +1,239 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The memory-efficient experts forward, `experts_implementation="coe"`, for CoE and every fused-expert model.
+
+Importing this file registers it: `model.set_experts_implementation("coe")` then works for Mixtral, OLMoE and the rest.
+
+One autograd function keeps the block input and the gate and up projections, nothing else of its size. The routing
+weights multiply the activations, of width I, not the outputs, of width H; backward gathers the tokens and applies the
+SiLU again and finds the router's gradient as `sum(dA * A)`. The idea is SonicMoE's (arXiv 2512.14080).
+
+Shape letters: T tokens, H hidden, I expert width, N experts, K experts per token, S = T*K rows sorted by expert.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# torch >= 2.10
+GROUPED_MM = vars(F).get("grouped_mm")
+
+
+def coe_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
+
+    What the autograd function cannot express runs through the host's `grouped_mm`, with a warning: biases, transposed
+    or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded weights, devices
+    other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler decides what
+    backward recomputes. Few tokens on an accelerator (at most N rows, without gradients) run through `batched_mm`, as
+    the host chooses for decoding.
+
+    Args:
+        self (`nn.Module`): a module decorated by `use_experts_implementation`.
+        hidden_states (`torch.Tensor` of shape `(T, H)`): x.
+        top_k_index (`torch.LongTensor` of shape `(T, K)`): values in `[0, N]`.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`): routing weights.
+
+    Raises:
+        RuntimeError: a backward pass with `create_graph=True`.
+    """
+    host = None
+    if not torch.is_grad_enabled() and hidden_states.device.type != "cpu" and top_k_index.numel() <= self.num_experts:
+        host = "batched_mm"
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
+        host = "grouped_mm"
+    elif unsupported := _unsupported(self, hidden_states):
+        logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
+        host = "grouped_mm"
+    if host is not None:
+        return ALL_EXPERTS_FUNCTIONS[host](self, hidden_states, top_k_index, top_k_weights)
+
+    dtype, device_type = self.down_proj.dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    # Hosts before 5.17 do not say whether other ranks hold experts.
+    expert_parallel = vars(self).get("_is_expert_parallel", True)
+    return _Experts.apply(
+        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, dtype, expert_parallel
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register("coe", coe_experts_forward)
+
+
+def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
+    """What keeps these experts from the autograd function, in words, or None."""
+    if not experts.has_gate or type(experts)._apply_gate.__name__ != "_default_apply_gate":
+        return f"the gate of {type(experts).__name__}"
+    if not isinstance(experts.act_fn, (SiLUActivation, nn.SiLU)):
+        return f"the activation {type(experts.act_fn).__name__}"
+    if experts.has_bias or vars(experts).get("has_post_expert_norm", False):
+        return "expert biases and norms"
+    if experts.is_transposed or not experts.is_concatenated:
+        return "transposed or interleaved expert weights"
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
+            return f"expert weights of type {type(weight).__name__}, {weight.dtype}"
+    if hidden_states.device.type not in ("cpu", "cuda"):
+        return f"the device {hidden_states.device.type}"
+    return None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, dtype, expert_parallel):
+        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        ids = torch.arange(gate_up_proj.shape[0], device=order.device)
+        offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)
+        groups = _Groups(offsets, dtype, zero_tail=expert_parallel)
+
+        token = order // top_k_index.shape[-1]
+        gate_up = groups.mm(hidden_states.to(dtype).index_select(0, token), gate_up_proj.transpose(1, 2))
+        gate, up = gate_up.chunk(2, dim=-1)
+        activation = F.silu(gate).mul_(up).mul_(top_k_weights.reshape(-1)[order, None])
+        output = _sum_over_experts(groups.mm(activation, down_proj.transpose(1, 2)), order, top_k_index.shape)
+
+        ctx.save_for_backward(hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj)
+        ctx.groups = groups
+        return output.to(hidden_states.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _refuse_create_graph("experts")
+        hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj = ctx.saved_tensors
+        needs_input, _, needs_router, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
+        groups = ctx.groups
+        grad_input = grad_router = grad_gate_up_proj = grad_down_proj = None
+        token = order // top_k_weights.shape[-1]
+        weights = top_k_weights.reshape(-1)[order, None]
+        gate, up = gate_up.chunk(2, dim=-1)
+
+        silu = F.silu(gate)
+        grad_rows = grad_output.to(groups.dtype).index_select(0, token)
+        grad_activation = groups.mm(grad_rows, down_proj)
+        if needs_router or needs_down:
+            activation = silu * up
+            if needs_router:
+                grad_sorted = (grad_activation * activation).sum(dim=-1, dtype=top_k_weights.dtype)
+                grad_router = torch.empty_like(grad_sorted).scatter_(0, order, grad_sorted).view_as(top_k_weights)
+            if needs_down:
+                grad_down_proj = groups.outer(grad_rows, activation.mul_(weights))
+            del activation
+        del grad_rows
+        if needs_input or needs_gate_up:
+            grad_activation.mul_(weights)
+            grad_gate_up = torch.empty_like(gate_up)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+            torch.mul(grad_activation, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
+            del silu, grad_activation
+            if needs_gate_up:
+                rows = hidden_states.to(groups.dtype).index_select(0, token)
+                grad_gate_up_proj = groups.outer(grad_gate_up, rows)
+                del rows
+            if needs_input:
+                grad_input = _sum_over_experts(groups.mm(grad_gate_up, gate_up_proj), order, top_k_weights.shape)
+        return grad_input, None, grad_router, grad_gate_up_proj, grad_down_proj, None, None
+
+
+class _Groups:
+    """Matrix products of S rows sorted by expert, expert e's ending at `offsets[e]`, computed in `dtype`.
+
+    With `zero_tail` the rows after the last group, which belong to other ranks' experts, come out as zero.
+    """
+
+    def __init__(self, offsets: torch.Tensor, dtype: torch.dtype, zero_tail: bool):
+        self.offsets = offsets
+        self.dtype = dtype
+        self.zero_tail = zero_tail
+
+    def mm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`[S, A]`, `[N, A, B]` -> `[S, B]`."""
+        if self._has_kernel(rows, weight):
+            output = GROUPED_MM(rows, weight.to(self.dtype), offs=self.offsets)
+            if self.zero_tail:
+                tail = torch.arange(output.shape[0], device=output.device) >= self.offsets[-1]
+                output.masked_fill_(tail[:, None], 0)
+            return output
+        output = rows.new_empty(rows.shape[0], weight.shape[-1])
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            if end > start:
+                torch.mm(rows[start:end], weight[expert].to(self.dtype), out=output[start:end])
+            start = end
+        output[start:].zero_()
+        return output
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`[S, A]`, `[S, B]` -> `[N, A, B]`, each group's sum of outer products: the gradient of a weight."""
+        if self._has_kernel(left, right):
+            return GROUPED_MM(left.t(), right, offs=self.offsets)
+        output = left.new_empty(self.offsets.shape[0], left.shape[-1], right.shape[-1])
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            torch.mm(left[start:end].t(), right[start:end], out=output[expert])
+            start = end
+        return output
+
+    def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """A loop of products is as fast on CPU, and takes fp64 and rows that are not whole 16 bytes anywhere."""
+        if left.device.type == "cpu" or GROUPED_MM is None or self.dtype == torch.float64:
+            return False
+        aligned = all(size * self.dtype.itemsize % 16 == 0 for size in (left.shape[-1], *right.shape[-2:]))
+        return aligned and torch.cuda.get_device_capability(left.device) >= (8, 0)
+
+
+def _sum_over_experts(rows: torch.Tensor, order: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Each token's K rows of `[S, H]` -> `[T, H]`: a gather that sums on the way, always in the same order."""
+    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return F.embedding_bag(position.view(shape), rows, mode="sum")
+
+
+def _refuse_create_graph(name: str):
+    """Gradients without a graph of their own would leave terms out of a second derivative, silently."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"The {name} of `experts_implementation='coe'` have no second derivative, which `create_graph=True` asks "
+            "for. Use fp32 and `model.set_experts_implementation('grouped_mm')`."
+        )
+
+
+def router_linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden_states @ weight.T` in fp32, `[T, H]`, `[N, H]` -> `[T, N]`; backward keeps no fp32 copy of either."""
+    if hidden_states.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling():
+        return F.linear(hidden_states.float(), weight.float())
+    return _RouterLinear.apply(hidden_states, weight)
+
+
+class _RouterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight):
+        ctx.save_for_backward(hidden_states, weight)
+        return F.linear(hidden_states.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx, grad_logits):
+        _refuse_create_graph("router")
+        hidden_states, weight = ctx.saved_tensors
+        grad_input = (grad_logits @ weight.float()).to(hidden_states.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad_logits.t() @ hidden_states.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_input, grad_weight
