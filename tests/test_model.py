@@ -10,9 +10,13 @@ import torch
 import transformers
 from conftest import SMALL, build, tokens
 from packaging import version
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
 
 from modeling_coe import (
+    CoEForCausalLM,
     CoEForQuestionAnswering,
     CoEForSequenceClassification,
     CoEForTokenClassification,
@@ -158,6 +162,37 @@ def test_attention_implementations_agree(model, implementation, padding):
     model.set_attn_implementation(implementation)
     logits = model(input_ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_attention_receives_every_keyword_a_kernel_may_need(model):
+    seen = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.append(kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    input_ids = tokens(1, 6)
+    expected = model(input_ids).logits
+    model.set_attn_implementation("spy")
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
+    torch.testing.assert_close(model(input_ids, **lengths).logits, expected)
+    assert len(seen) == SMALL["num_hidden_layers"]
+    assert all(kwargs.items() >= lengths.items() for kwargs in seen)
+    assert all(kwargs["scaling"] == 8**-0.5 and kwargs["sliding_window"] is None for kwargs in seen)
+
+
+def test_the_host_is_told_what_it_is_told_of_mixtral():
+    ours, mixtral = CoEForCausalLM, MixtralForCausalLM
+    flags = [name for name in vars(MixtralPreTrainedModel) if name.startswith(("_supports", "_can_compile"))]
+    assert "_supports_flash_attn" in flags
+    for name in [*flags, "supports_gradient_checkpointing", "base_model_prefix", "_skip_keys_device_placement"]:
+        assert getattr(ours, name) == getattr(mixtral, name), name
+    for name in ("_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan"):
+        assert getattr(ours, name) == getattr(mixtral, name), name
+    assert ours._no_split_modules == ["CoEDecoderLayer"]
 
 
 def test_sliding_window_hides_tokens_beyond_it():
