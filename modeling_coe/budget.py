@@ -230,7 +230,9 @@ def _saved_attention(config: CoEConfig, setup: TrainingSetup) -> int:
     # Queries, keys, values, output, and the fp32 log-sum-exp per head; RoPE's tables are shared by all layers.
     keys = Q if setup.packed else D
     mask = m * setup.sequence_length if setup.packed else 0
-    saved = mask + _saved_inputs(3, config.hidden_size, setup) + m * (2 * Q + 2 * keys) + 4 * config.num_attention_heads
+    saved = (
+        mask + _saved_inputs(3, config.hidden_size, setup) + m * (2 * Q + 2 * keys) + 4 * config.num_attention_heads
+    )
     if config.qk_norm is not None:
         per_head = config.qk_norm == "head"
         saved += _saved_norm(Q, config.num_attention_heads if per_head else 1, m)
@@ -241,31 +243,33 @@ def _saved_attention(config: CoEConfig, setup: TrainingSetup) -> int:
 def _saved_router(config: CoEConfig, setup: TrainingSetup) -> int:
     """One iteration's router, for all T tokens."""
     N, K, H, r = config.num_local_experts, config.num_experts_per_tok, config.hidden_size, setup.stream_bytes
-    # x_{t-1} in fp32, the softmax, the chosen indices (int64); the shared expert keeps x_{t-1} as it is.
-    saved = 4 * H + 4 * N + 8 * K
-    if r < 4 and config.num_shared_experts:
-        saved += r * H
+    # x_{t-1}, which the experts and the shared expert keep too, the softmax, the chosen indices (int64).
+    saved = r * H + 4 * N + 8 * K
     if config.norm_topk_prob:
         saved += 4 * K + 4
     if config.router_aux_loss_coef > 0:
         saved += 4 * N
     if config.router_jitter_noise > 0:
         saved += r * H
-    # The fp32 copy of the weight does not grow with the tokens.
-    return setup.tokens * saved + (4 * N * H if r < 4 else 0)
+    return setup.tokens * saved
 
 
 def _saved_experts(config: CoEConfig, setup: TrainingSetup) -> int:
     """One iteration's experts, per token."""
     K, H, I = config.num_experts_per_tok, config.hidden_size, config.intermediate_size
-    # grouped_mm is not an autocast operation: its operands keep the weights' dtype.
-    e = setup.stream_bytes
-    scale = e * H if config.iteration_scale else 0
+    e = _experts_bytes(setup)
+    scale = setup.stream_bytes * H if config.iteration_scale else 0
     if setup.experts_implementation == "coe":
+        # Per choice: gate and up, its place in the order (int64), its weight (fp32).
         return scale + K * (2 * I * e + 8 + 4)
     # Per choice: three permutations (int64), the gathered input, gate and up, silu(gate), its product with up,
     # the expert's output, its weight (fp32).
     return scale + K * (3 * 8 + e * (H + 2 * I + I + I + H) + 4)
+
+
+def _experts_bytes(setup: TrainingSetup) -> int:
+    """Of one element inside the experts; the host's `grouped_mm` is no autocast operation, `coe` follows autocast."""
+    return setup.linear_bytes if setup.experts_implementation == "coe" else setup.stream_bytes
 
 
 def _saved_shared_expert(config: CoEConfig, setup: TrainingSetup) -> int:
@@ -336,9 +340,11 @@ def _logits_transient(config: CoEConfig, setup: TrainingSetup) -> int:
 
 
 def _layer_transient(config: CoEConfig, setup: TrainingSetup) -> int:
-    """The gradients of one iteration's expert inputs (fp32) and hidden values, or those of the layer's expert pool."""
+    """The gradients of one iteration's expert inputs and hidden values, and of the layer's expert pool."""
     K, H, I = config.num_experts_per_tok, config.hidden_size, config.intermediate_size
-    e = setup.stream_bytes
-    # When the pool's gradients are complete, the layer has given back more than the rest of its transients.
+    e = _experts_bytes(setup)
     pool = 3 * config.num_local_experts * H * I * BYTES[setup.dtype]
+    if setup.experts_implementation == "coe":
+        return setup.tokens * (K * e * (H + 2 * I) + 2 * setup.stream_bytes * H) + pool
+    # The weighted outputs are fp32. When the pool's gradients are complete, the layer has given back more than these.
     return max(setup.tokens * (K * (4 * H + e * 3 * I) + 2 * e * H), pool)

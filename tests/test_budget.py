@@ -281,7 +281,7 @@ def test_the_predicted_peak_holds_what_a_step_really_allocates(
             loss_of(model, setup).backward()
         predicted = training_memory(config, setup)
         transient = predicted["activations"] + predicted["backward"]
-        assert 0.95 * memory.peak < transient < 1.2 * memory.peak
+        assert 0.9 * memory.peak < transient < 1.2 * memory.peak
 
 
 def test_a_chain_saves_activations_in_proportion_to_its_iterations():
