@@ -120,8 +120,9 @@ def upcycle(
             deviation. Above 0 it **does not preserve** the function.
         router_noise (`float`): the later iterations' routers are copies of the source's plus normal noise, in
             multiples of the router's standard deviation. Dense sources have no router: each iteration draws its own.
-        layers (`list[int]`, *optional*): source layers to keep, in this order: a chain of fewer, deeper-thinking
-            layers. Every layer kept becomes a chain. `None` keeps all; fewer **do not preserve** the function.
+        layers (`list[int]`, *optional*): source layers to keep, in this order, iterations in place of depth. Every
+            layer kept becomes a chain: C is one number for the whole model. Fewer than all (`None`) **do not
+            preserve** the function.
         seed (`int`): of all noise; a tensor's noise depends on the seed and its name alone.
         max_shard_size (`int` or `str`): size of an output file.
         overwrite (`bool`): replace an existing `output`.
@@ -226,7 +227,9 @@ def chain_config(
     declared = source.to_dict()
     _refuse(source, "quantization_config", declared.get("quantization_config"), None, "dequantize the source first")
     if len(set(declared.get("layer_types") or ())) > 1:
-        raise ValueError("upcycle: the source's `layer_types` mix; CoE has one kind of attention in all layers.")
+        raise ValueError(
+            "upcycle: the source's `layer_types` mix kinds of attention, CoE has one for all layers; choose another."
+        )
     depth = source.num_hidden_layers
     if layers is not None and (len(set(layers)) < len(layers) or not set(layers) <= set(range(depth))):
         raise ValueError(f"upcycle: `layers={layers}` must be distinct layers of the source's {depth}.")

@@ -210,15 +210,19 @@ def test_what_the_source_has_is_kept(what, tmp_path):
     assert ("lm_head.weight" in load_file(tmp_path / "chain" / "model.safetensors")) is not tied
 
 
-def test_a_checkpoint_that_contradicts_its_tying_loads_as_transformers_loads_it(tmp_path):
-    source = source_model("llama", tie_word_embeddings=True)
-    saved(source, tmp_path / "source")
-    file = tmp_path / "source" / "model.safetensors"
+@pytest.mark.parametrize("holds", ["two matrices", "the head alone"])
+def test_a_checkpoint_that_contradicts_its_tying_becomes_what_transformers_loads(holds, tmp_path):
+    saved(source_model("llama", tie_word_embeddings=True), tmp_path / "source")
+    file, embedding = tmp_path / "source" / "model.safetensors", "model.embed_tokens.weight"
     tensors = load_file(file)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].flip(0)}, file, {"format": "pt"})
+    tensors["lm_head.weight"] = tensors[embedding].flip(0).contiguous()
+    if holds == "the head alone":
+        del tensors[embedding]
+    save_file(tensors, file, {"format": "pt"})
     source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     chain = upcycle(tmp_path / "source")
-    assert not chain.config.tie_word_embeddings and difference(source, chain)[0] <= 1e-5
+    assert chain.config.tie_word_embeddings is (holds == "the head alone")
+    assert difference(source, chain)[0] <= 1e-5
 
 
 def with_tokenizer(folder):
@@ -736,12 +740,45 @@ def test_script_has_every_option_of_the_function_with_its_default(monkeypatch):
     assert vars(script["UpcycleArguments"]()) == options
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "configuration" / "upcycle").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_recipe_is_parsed(recipe, monkeypatch):
-    received = {}
-    monkeypatch.setattr("modeling_coe.upcycle", lambda **options: received.update(options))
-    run_script(monkeypatch, "--config", recipe)
-    assert received["source"] and received["output"]
-    assert recipe.read_text().startswith(f"# python train/upcycle.py --config configuration/upcycle/{recipe.name}")
+RECIPES = sorted((ROOT / "configuration" / "upcycle").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_parsed_by_the_script_it_names(recipe, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "train"))
+    words = recipe.read_text().splitlines()[0].split()
+    assert words[:2] == ["#", "python"] and words[3:5] == ["--config", str(recipe.relative_to(ROOT))]
+    script = runpy.run_path(str(ROOT / words[2]))
+    (arguments_class,) = (value for name, value in script.items() if name.endswith("Arguments"))
+    (arguments,) = script["parse"](arguments_class, arguments=[*words[3:4], str(recipe), *words[5:]])
+    assert vars(arguments) != vars(arguments_class())
+
+
+@pytest.mark.slow
+def test_healing_compares_four_runs_of_every_seed(tmp_path):
+    """Two steps each, through the command line: the chain starts at the source's loss, the arms cost what they say."""
+    data = tmp_path / "data"
+    data.mkdir()
+    problems = [
+        {"question": f"What is {a} plus {b}?", "answer": f"It is {a + b}."} for a in range(9) for b in range(9)
+    ]
+    for name, rows in (("train", problems[:60]), ("test", problems[60:])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {
+        "data": data,
+        "output_dir": tmp_path / "runs",
+        "source_steps": 2,
+        "healing_steps": 4,
+        "sequence_length": 64,
+    }
+    command = [sys.executable, "train/healing.py", "--seeds", "0"]
+    command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True)
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    made, source, chain, longer, thin = results["runs"]
+    assert [run["name"] for run in (source, chain, longer, thin)] == list(results["mean_validation_loss"])[1:]
+    assert made["validation_loss"] == pytest.approx(source["validation_loss_before"], abs=1e-6)
+    assert chain["validation_loss_before"] == pytest.approx(source["validation_loss_before"], abs=1e-5)
+    assert thin["validation_loss_before"] != source["validation_loss_before"]
+    assert longer["flops"] == pytest.approx(chain["flops"], rel=0.2) and longer["steps"] > chain["steps"]
+    assert thin["flops"] == pytest.approx(source["flops"], rel=0.05) and chain["flops"] > 1.2 * source["flops"]

@@ -84,8 +84,8 @@ def heal(arguments: HealingArguments, halves: list[Path], output: Path, seed: in
     output.mkdir(parents=True, exist_ok=True)
     sizes = json.loads(Path(arguments.preset).read_text())
     sizes |= {"num_iterations": 1, "num_local_experts": arguments.num_experts}
-    CoEConfig(**sizes | {"num_experts_per_tok": arguments.num_experts_per_tok}).save_pretrained(output)
-    preset = (output / "config.json").rename(output / "source.json")
+    preset = output / "source.json"
+    CoEConfig(**sizes | {"num_experts_per_tok": arguments.num_experts_per_tok}).to_json_file(preset)
     source = output / "source"
     runs = [train(arguments, preset, halves[0], source, arguments.source_steps, arguments.source_learning_rate, seed)]
 
