@@ -24,6 +24,11 @@ from word_problems import word_problems
 
 
 PROMPT = "Question: {}\nAnswer:"
+# The same layout for chat clients and servers; a document of the training data is a conversation of one turn.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ bos_token }}Question: {{ message['content'] }}\nAnswer:{% endif %}{% endfor %}"
+)
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -152,7 +157,13 @@ def _train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizer
     bpe.train_from_iterator(("".join(row.values()) for row in documents), trainer, length=len(documents))
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # `generate` refuses token types
+        chat_template=CHAT_TEMPLATE,
     )
 
 
