@@ -19,7 +19,7 @@ C iterations, L layers, V vocabulary, Q and D the widths of all query and of all
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .configuration_coe import CoEConfig
 
@@ -327,6 +327,19 @@ def training_memory(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]:
         "activations": kept + copies,
         "backward": max(loss + _logits_transient(config, setup), layer + _layer_transient(config, setup)),
     }
+
+
+def largest_micro_batch(config: CoEConfig, setup: TrainingSetup, budget: int) -> int:
+    """The most sequences of a micro-batch whose predicted peak is at most `budget` bytes; 0 if not even one fits."""
+
+    def fits(batch_size: int) -> bool:
+        return sum(training_memory(config, replace(setup, batch_size=batch_size)).values()) <= budget
+
+    size = 0
+    for bit in reversed(range(20)):
+        if fits(size + 2**bit):
+            size += 2**bit
+    return size
 
 
 def _logits_transient(config: CoEConfig, setup: TrainingSetup) -> int:

@@ -7,8 +7,13 @@ model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
 from trl import TrlParser
+
+from modeling_coe import CoEConfig
+from modeling_coe.budget import TrainingSetup, largest_micro_batch
 
 
 @dataclass
@@ -26,10 +31,47 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "`sdpa` (default), `eager`, `flash_attention_2`, `flex_attention`."}
     )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "`coe` (default; keeps least for backward), `grouped_mm`, `eager`."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights: `float32`, or `bfloat16` with an optimizer that rounds stochastically."},
+    )
 
     def __post_init__(self):
         if not self.model:
             raise ValueError("`model` is empty; name a preset such as configuration/models/coe_tiny.json.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype={self.dtype}` must be float32 or bfloat16.")
+
+    def load_options(self) -> dict[str, str]:
+        """The keyword arguments of `from_config` and `from_pretrained`."""
+        options = {name: getattr(self, name) for name in ("attn_implementation", "experts_implementation", "dtype")}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass
+class LayoutArguments:
+    """How transformers' `DistributedConfig` shards the model over the processes; all 1: Accelerate decides (DDP, ...).
+
+    Processes = dp_replicate_size * fsdp_size * tp_size. Expert parallelism uses the ranks of the others.
+    """
+
+    fsdp_size: int = field(default=1, metadata={"help": "Ranks that shard all weights and see different rows."})
+    tp_size: int = field(default=1, metadata={"help": "Ranks that share every matrix and see the same rows."})
+    ep_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that hold different experts: a multiple of tp_size, a divisor of fsdp_size * tp_size."
+        },
+    )
+    dp_replicate_size: int = field(default=1, metadata={"help": "Copies of such a group, one per node for instance."})
+
+    def distributed_config(self) -> DistributedConfig | None:
+        """For `from_pretrained(distributed_config=...)`; None when nothing is to be sharded."""
+        sizes = vars(self)
+        return None if all(size == 1 for size in sizes.values()) else DistributedConfig(**sizes)
 
 
 @dataclass
@@ -87,6 +129,10 @@ class PretrainArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
+    skip_logits: bool = field(
+        default=False,
+        metadata={"help": "Compute the same training loss in less memory, without the full logits."},
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs every column."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
 
@@ -101,6 +147,72 @@ class PretrainArguments(TrainingArguments):
                 f"`save_steps={self.save_steps}` must be a multiple of `logging_steps={self.logging_steps}`, or the "
                 "loss curve of a resumed run would differ from that of an uninterrupted one."
             )
+
+
+# What `modeling_coe.budget` calls the optimizers of Trainer, and whether their states leave the device.
+OPTIMIZERS = {
+    "adamw_torch": ("adamw", False),
+    "adamw_torch_fused": ("adamw", False),
+    "adamw_torch_8bit": ("adamw_8bit", False),
+    "adamw_torch_4bit": ("adamw_4bit", False),
+    "adamw_bnb_8bit": ("adamw_8bit", False),
+    "paged_adamw_32bit": ("adamw", True),
+    "paged_adamw_8bit": ("adamw_8bit", True),
+}
+
+
+def training_setup(model: ModelArguments, training: TrainingArguments, sequence_length: int) -> TrainingSetup:
+    """The recipe as `modeling_coe.budget` predicts its memory.
+
+    Raises:
+        ValueError: an optimizer whose memory is not known.
+    """
+    if training.optim not in OPTIMIZERS:
+        raise ValueError(f"The memory of `optim={training.optim}` is not known, only that of {tuple(OPTIMIZERS)}.")
+    optimizer, offload = OPTIMIZERS[training.optim]
+    return TrainingSetup(
+        batch_size=training.per_device_train_batch_size,
+        sequence_length=sequence_length,
+        packed=True,
+        dtype=model.dtype,
+        autocast=training.bf16 and model.dtype == "float32",
+        optimizer=optimizer,
+        offload_optimizer=offload,
+        gradient_checkpointing=training.gradient_checkpointing,
+        skip_logits=training.skip_logits,
+        experts_implementation=model.experts_implementation or "coe",
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a training run may take on `device`: what is free, less half a GiB for kernels and fragments.
+
+    Raises:
+        ValueError: not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"`auto_find_batch_size=true` fits CUDA cards, this is {device}; choose the batch yourself.")
+    return torch.cuda.mem_get_info(device)[0] - 2**29
+
+
+def fit_micro_batch(training: TrainingArguments, config: CoEConfig, setup: TrainingSetup, memory: int):
+    """`auto_find_batch_size` with the tokens of a step kept: the largest micro-batch predicted to fit `memory` bytes.
+
+    Where Trainer halves the batch and trains on fewer tokens a step, accumulation makes up for it here.
+
+    Raises:
+        ValueError: not one sequence fits.
+    """
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    largest = largest_micro_batch(config, setup, memory)
+    if largest == 0:
+        raise ValueError(
+            f"Not one sequence of {setup.sequence_length} tokens fits {memory / 2**30:.1f} GiB; "
+            "`python train/plan.py` tells what to change."
+        )
+    size = max(divisor for divisor in range(1, min(largest, rows) + 1) if rows % divisor == 0)
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = size, rows // size
+    training.auto_find_batch_size = False
 
 
 def parse(*argument_classes: type, arguments: list[str] | None = None) -> tuple:

@@ -25,7 +25,15 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, set_seed
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+    fit_micro_batch,
+    free_memory,
+    parse,
+    training_setup,
+)
 from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
 from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
 from report import Curve, Progress, environment, peak_memory, plot_curve
@@ -50,6 +58,12 @@ class Pretrainer(AtomicCheckpoints, Trainer):
                 "`learning_rate`, or look at the data of the last steps."
             )
         super().log(logs | {"memory_gib": peak_memory(self.args.device)}, start_time)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # The evaluation wants the logits.
+        return super().compute_loss(
+            model, inputs | {"skip_logits": self.args.skip_logits and model.training}, *args, **kwargs
+        )
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs | {"ignore_keys": ["aux_loss", "router_logits"]})
@@ -90,7 +104,7 @@ def build_model(arguments: ModelArguments, tokenizer, sequence_length: int):
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    options = {"attn_implementation": arguments.attn_implementation}
+    options = arguments.load_options()
     if is_preset(arguments.model):
         return AutoModelForCausalLM.from_config(config, **options)
     return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
@@ -135,6 +149,9 @@ def main(arguments: list[str] | None = None):
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
     model = build_model(model_arguments, tokenizer, length)
+    if training.auto_find_batch_size:
+        memory = free_memory(training.device)
+        fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
 
     checkpoint = newest_checkpoint(output)
     if training.process_index == 0:

@@ -1,0 +1,130 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Will it fit? What a preset costs under a recipe, before anything is allocated or downloaded:
+
+    python train/plan.py --model configuration/models/coe_c2_k4_n64.json \\
+        --recipe configuration/pretrain/paper_8gb.yaml --gpu 8GB
+
+Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the card, what
+to change, the cheapest change first. Without `--gpu` the card of this machine is meant.
+"""
+
+import argparse
+import re
+from dataclasses import replace
+
+import torch
+from transformers import AutoConfig
+
+from arguments import DataArguments, ModelArguments, PretrainArguments, parse, training_setup
+from modeling_coe import CoEConfig
+from modeling_coe.budget import (
+    TrainingSetup,
+    count_active_parameters,
+    count_expert_combinations,
+    count_parameters,
+    equal_compute_moe,
+    forward_flops,
+    kv_cache_bytes,
+    largest_micro_batch,
+    training_flops,
+    training_memory,
+)
+
+
+GIB = 2**30
+# In this order: what costs nothing, what costs time, what changes the numbers.
+REMEDIES = {
+    "skip_logits: true": {"skip_logits": True},
+    "experts_implementation: coe": {"experts_implementation": "coe"},
+    "a smaller micro-batch, more accumulation": {"batch_size": 1},
+    "gradient_checkpointing: true": {"gradient_checkpointing": True},
+    "optim: adamw_torch_8bit": {"optimizer": "adamw_8bit"},
+    "dtype: bfloat16, optim_args: bf16_stochastic_round=True": {"dtype": "bfloat16", "autocast": False},
+    "optim: paged_adamw_8bit (states in main memory)": {"optimizer": "adamw_8bit", "offload_optimizer": True},
+}
+
+
+def memory_size(text: str) -> int:
+    """`8GB` and `8GiB`, as cards are sold, are 8 * 2**30 bytes."""
+    match = re.fullmatch(r"([\d.]+)\s*Gi?B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory size; write for instance 8GB")
+    return int(float(match[1]) * GIB)
+
+
+def row(name: str, *values: str):
+    print(f"  {name:<34}" + "".join(f"{value:>22}" for value in values))
+
+
+def print_comparison(config: CoEConfig, setup: TrainingSetup):
+    """The preset beside the MoE that computes as much per token."""
+    configs = [config]
+    if config.num_iterations > 1 and config.num_iterations * config.num_experts_per_tok <= config.num_local_experts:
+        configs.append(equal_compute_moe(config))
+    names = [f"CoE-{c.num_iterations}({c.num_experts_per_tok}/{c.num_local_experts})" for c in configs]
+    length = setup.sequence_length
+    print("Model")
+    row("", *(name if number == 0 else f"{name} = MoE" for number, name in enumerate(names)))
+    for component in count_parameters(config):
+        row(f"{component} parameters", *(f"{count_parameters(c)[component]:,}" for c in configs))
+    row("parameters", *(f"{sum(count_parameters(c).values()):,}" for c in configs))
+    row("active parameters", *(f"{count_active_parameters(c):,}" for c in configs))
+    row("forward MFLOPs a token", *(f"{sum(forward_flops(c, length).values()) / 1e6:,.1f}" for c in configs))
+    training = (training_flops(c, length, setup.gradient_checkpointing) / 1e6 for c in configs)
+    row("training MFLOPs a token", *(f"{value:,.1f}" for value in training))
+    row("expert combinations of a layer", *(f"{count_expert_combinations(c):,}" for c in configs))
+    row("training memory, GiB", *(f"{sum(training_memory(c, setup).values()) / GIB:.2f}" for c in configs))
+    row("KV cache of 1,000 tokens, MiB", *(f"{kv_cache_bytes(c, 1, 1000) / 2**20:.1f}" for c in configs))
+
+
+def print_memory(config: CoEConfig, setup: TrainingSetup, budget: int):
+    memory = training_memory(config, setup)
+    total = sum(memory.values())
+    shape = f"{setup.batch_size} x {setup.sequence_length} tokens"
+    print(f"\nMemory, micro-batch {shape}, experts `{setup.experts_implementation}`")
+    for component, size in memory.items():
+        row(component, f"{size / GIB:.3f} GiB")
+    row("predicted peak", f"{total / GIB:.3f} GiB")
+    largest = largest_micro_batch(config, setup, budget)
+    if total <= budget:
+        print(f"\nFits {budget / GIB:.2f} GiB, {(budget - total) / GIB:.2f} GiB to spare.")
+        print(f"Micro-batches up to {largest} fit.")
+        return
+    print(f"\nDoes not fit {budget / GIB:.2f} GiB: {(total - budget) / GIB:.2f} GiB too much. Change, in this order:")
+    for name, change in REMEDIES.items():
+        changed = replace(setup, **change)
+        after = sum(training_memory(config, changed).values())
+        if after < total:
+            setup, total = changed, after
+            print(f"  {name:<58} -> {after / GIB:7.3f} GiB")
+            if after <= budget:
+                print(f"Then it fits; micro-batches up to {largest_micro_batch(config, setup, budget)} do.")
+                return
+    print("Still too much: take a smaller preset, or shard it (configuration/accelerate/fsdp2.yaml).")
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
+    parser.add_argument("--recipe", required=True, help="YAML file of configuration/pretrain")
+    parser.add_argument("--gpu", type=memory_size, help="memory of the card, for instance 8GB")
+    parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA itself; default 0.5GB")
+    options = parser.parse_args(arguments)
+    overrides = [] if options.model is None else ["--model", options.model]
+    model, data, training = parse(
+        ModelArguments, DataArguments, PretrainArguments, arguments=["--config", options.recipe, *overrides]
+    )
+    if options.gpu is None:
+        if not torch.cuda.is_available():
+            parser.error("this machine has no CUDA card; name one's memory with --gpu 8GB")
+        options.gpu = torch.cuda.get_device_properties(0).total_memory
+    config = AutoConfig.from_pretrained(model.model)
+    setup = training_setup(model, training, data.sequence_length)
+    print(f"{model.model} under {options.recipe}\n")
+    print_comparison(config, setup)
+    print_memory(config, setup, options.gpu - options.reserve)
+
+
+if __name__ == "__main__":
+    main()
