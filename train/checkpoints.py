@@ -7,6 +7,7 @@ renamed to `checkpoint-N`. Whatever kills the process, a folder called `checkpoi
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,10 +25,23 @@ class AtomicCheckpoints:
     """For a `Trainer` subclass, in front of it: `class Mine(AtomicCheckpoints, Trainer)`.
 
     Raises:
+        FloatingPointError: a loss or a gradient is not finite; nothing after the last good checkpoint is saved.
         OSError: a checkpoint could not be written, for instance on a full disk; earlier ones are untouched.
     """
 
     _is_saving = False
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        # fp16's loss scaler meets infinite gradients as a matter of course and skips those updates.
+        watched = ("loss", "eval_loss") if self.args.fp16 else ("loss", "grad_norm", "eval_loss")
+        bad = {name: logs[name] for name in watched if name in logs and not math.isfinite(logs[name])}
+        if bad:
+            good = newest_checkpoint(Path(self.args.output_dir))
+            raise FloatingPointError(
+                f"{bad} at step {self.state.global_step}: training stops. The last good checkpoint is {good}; lower "
+                "`learning_rate`, or look at the data of the last steps."
+            )
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)

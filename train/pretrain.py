@@ -14,7 +14,6 @@ final model with its tokenizer, loss_curve.jsonl and .png, samples.json and fact
 
 import hashlib
 import json
-import math
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +35,10 @@ from arguments import (
 )
 from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
 from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
-from report import Curve, Progress, environment, peak_memory, plot_curve
+from report import Curve, Progress, RoutingHealth, environment, peak_memory, plot_curve
 
 
-class Pretrainer(AtomicCheckpoints, Trainer):
+class Pretrainer(AtomicCheckpoints, RoutingHealth, Trainer):
     """Trainer that writes whole checkpoints, stops at a NaN, and scores the held-out problems when it evaluates."""
 
     def __init__(self, *args, problems: Dataset, max_new_tokens: int, **kwargs):
@@ -48,15 +47,6 @@ class Pretrainer(AtomicCheckpoints, Trainer):
         self.answers, self.metrics, self.evaluated_step = [], {}, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        # fp16's loss scaler meets infinite gradients as a matter of course and skips those updates.
-        watched = ("loss", "eval_loss") if self.args.fp16 else ("loss", "grad_norm", "eval_loss")
-        bad = {name: logs[name] for name in watched if name in logs and not math.isfinite(logs[name])}
-        if bad:
-            good = newest_checkpoint(Path(self.args.output_dir))
-            raise FloatingPointError(
-                f"{bad} at step {self.state.global_step}: training stops. The last good checkpoint is {good}; lower "
-                "`learning_rate`, or look at the data of the last steps."
-            )
         super().log(logs | {"memory_gib": peak_memory(self.args.device)}, start_time)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -123,7 +113,8 @@ def record_of(model, blocks: Dataset, training: PretrainArguments) -> dict:
         "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size optim learning_rate "
         "lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16"
     ).split()
-    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
+    volatile = ("transformers_version", "_name_or_path")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in volatile}
     arguments = training.to_dict()
     return {
         "model": config,

@@ -3,6 +3,7 @@
 """What a run leaves for its reader: progress, `loss_curve.jsonl`, `loss_curve.png`, and the facts of its machine."""
 
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -20,6 +21,7 @@ import matplotlib.pyplot as plt
 
 
 CURVE = "loss_curve.jsonl"
+ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Progress(ProgressCallback):
@@ -50,6 +52,43 @@ class Curve(TrainerCallback):
     def _write(self, args, rows: list[dict], mode: str):
         with open(Path(args.output_dir) / CURVE, mode) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows if "loss" in row or "eval_loss" in row)
+
+
+class RoutingHealth:
+    """For a `Trainer` subclass, in front of it: every evaluation also logs how its first batch was routed."""
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        batch = self._prepare_inputs(next(iter(dataloader)))
+        health = routing_health(self.model, {name: batch[name] for name in ROUTED_INPUTS if name in batch})
+        output.metrics |= {f"eval_{name}": value for name, value in health.items()}
+        return output
+
+
+@torch.no_grad()
+def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each iteration t, averaged over the layers: `router_entropy_t`, of a token's softmax, as a share of log N;
+    `dead_experts_t`, the share of experts that no token chose; `load_imbalance_t`, the busiest expert's load over the
+    mean. Padding does not count.
+    """
+    config = model.config
+    logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
+    keep = torch.ones(logits[0].shape[0], dtype=torch.bool, device=logits[0].device)
+    if "attention_mask" in batch:
+        keep = batch["attention_mask"].reshape(-1).bool()
+    chain, N = config.num_iterations, config.num_local_experts
+    health = {}
+    for iteration in range(chain):
+        probs = [layer[keep].softmax(-1) for layer in logits[iteration::chain]]
+        chosen = [layer.topk(config.num_experts_per_tok).indices.flatten().bincount(minlength=N) for layer in probs]
+        loads = torch.stack(chosen).float()
+        entropy = torch.stack([torch.special.entr(layer).sum(-1).mean() for layer in probs]).mean() / math.log(N)
+        health |= {
+            f"router_entropy_{iteration + 1}": round(entropy.item(), 4),
+            f"dead_experts_{iteration + 1}": round(loads.eq(0).float().mean().item(), 4),
+            f"load_imbalance_{iteration + 1}": round((loads.amax(-1) / loads.mean(-1)).mean().item(), 3),
+        }
+    return health
 
 
 def plot_curve(rows: list[dict], path: Path, title: str):
