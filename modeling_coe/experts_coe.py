@@ -22,6 +22,8 @@ SiLU again and finds the router's gradient as `sum(dA * A)`. The idea is SonicMo
 Shape letters: T tokens, H hidden, I expert width, N experts, K experts per token, S = T*K rows sorted by expert.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -72,12 +74,34 @@ def coe_experts_forward(
         dtype = torch.get_autocast_dtype(device_type)
     # Hosts before 5.17 do not say whether other ranks hold experts.
     expert_parallel = vars(self).get("_is_expert_parallel", True)
-    return _Experts.apply(
-        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, dtype, expert_parallel
-    )
+    chain = _CHAINS.get(self)
+    weights = chain or (self.gate_up_proj, self.down_proj)
+    output, *weights = _Experts.apply(hidden_states, top_k_index, top_k_weights, *weights, dtype, expert_parallel)
+    if chain is not None:
+        _CHAINS[self] = weights
+    return output
 
 
 ALL_EXPERTS_FUNCTIONS.register("coe", coe_experts_forward)
+
+# The expert weights as the last call inside `one_weight_gradient` returned them, () before the first call.
+_CHAINS: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
+
+
+@contextmanager
+def one_weight_gradient(experts: nn.Module):
+    """Within it, calls of `experts` add their weight gradients up in one buffer, not in one of N*3*I*H per call.
+
+    The weights go through the calls, each giving them on to the next; so backward hands the sum from call to call.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    _CHAINS[experts] = ()
+    try:
+        yield
+    finally:
+        del _CHAINS[experts]
 
 
 def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
@@ -114,15 +138,18 @@ class _Experts(torch.autograd.Function):
 
         ctx.save_for_backward(hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj)
         ctx.groups = groups
-        return output.to(hidden_states.dtype)
+        ctx.set_materialize_grads(False)
+        return output.to(hidden_states.dtype), gate_up_proj.view_as(gate_up_proj), down_proj.view_as(down_proj)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, grad_gate_up_proj, grad_down_proj):
         _refuse_create_graph("experts")
+        if grad_output is None:
+            return None, None, None, grad_gate_up_proj, grad_down_proj, None, None
         hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj = ctx.saved_tensors
         needs_input, _, needs_router, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
         groups = ctx.groups
-        grad_input = grad_router = grad_gate_up_proj = grad_down_proj = None
+        grad_input = grad_router = None
         token = order // top_k_weights.shape[-1]
         weights = top_k_weights.reshape(-1)[order, None]
         gate, up = gate_up.chunk(2, dim=-1)
@@ -136,7 +163,7 @@ class _Experts(torch.autograd.Function):
                 grad_sorted = (grad_activation * activation).sum(dim=-1, dtype=top_k_weights.dtype)
                 grad_router = torch.empty_like(grad_sorted).scatter_(0, order, grad_sorted).view_as(top_k_weights)
             if needs_down:
-                grad_down_proj = groups.outer(grad_rows, activation.mul_(weights))
+                grad_down_proj = groups.add_outer(grad_down_proj, grad_rows, activation.mul_(weights))
             del activation
         del grad_rows
         if needs_input or needs_gate_up:
@@ -148,7 +175,7 @@ class _Experts(torch.autograd.Function):
             del silu, grad_activation
             if needs_gate_up:
                 rows = hidden_states.to(groups.dtype).index_select(0, token)
-                grad_gate_up_proj = groups.outer(grad_gate_up, rows)
+                grad_gate_up_proj = groups.add_outer(grad_gate_up_proj, grad_gate_up, rows)
                 del rows
             if needs_input:
                 grad_input = _sum_over_experts(groups.mm(grad_gate_up, gate_up_proj), order, top_k_weights.shape)
@@ -193,6 +220,18 @@ class _Groups:
             torch.mm(left[start:end].t(), right[start:end], out=output[expert])
             start = end
         return output
+
+    def add_outer(self, total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`total + outer(left, right)`, in place; without a total the outer products alone."""
+        if total is None:
+            return self.outer(left, right)
+        if total.dtype != self.dtype or self._has_kernel(left, right):
+            return total.add_(self.outer(left, right))
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            total[expert].addmm_(left[start:end].t(), right[start:end])
+            start = end
+        return total
 
     def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
         """A loop of products is as fast on CPU, and takes fp64 and rows that are not whole 16 bytes anywhere."""

@@ -48,7 +48,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coe import CoEConfig
-from .experts_coe import router_linear
+from .experts_coe import one_weight_gradient, router_linear
 
 
 logger = logging.get_logger(__name__)
@@ -142,8 +142,8 @@ class CoESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
-        # An adapter on the experts is merged into them once for all iterations, not once for each.
-        with parametrize.cached():
+        # Once for all iterations, not once for each: the merge of an adapter into the experts, and their gradient.
+        with parametrize.cached(), one_weight_gradient(self.experts):
             update = self.iterate(hidden_states, 0)
             for iteration in range(1, self.num_iterations):
                 if self.inner_residual:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory-efficient experts forward equals the eager experts, in outputs and gradients, or falls back aloud."""
 
+import contextlib
 import io
 import logging
 
@@ -15,7 +16,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from modeling_coe import CoEConfig, CoEForCausalLM, experts_coe
+from modeling_coe import CoEConfig, CoEForCausalLM, experts_coe, modeling_coe
 from modeling_coe.experts_coe import coe_experts_forward
 from modeling_coe.modeling_coe import CoEExperts
 
@@ -228,6 +229,90 @@ def test_training_a_model_gives_the_eager_gradients(checkpointing):
         model(ids, labels=ids).loss.backward()
         grads[implementation] = [parameter.grad for parameter in model.parameters()]
     assert relative_error(grads["coe"], grads["eager"]) <= 1e-6
+
+
+def chain_gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_the_iterations_of_a_chain_share_one_weight_gradient(monkeypatch):
+    model, ids = build(num_hidden_layers=1, num_iterations=3).train(), tokens(2, 11)
+    fresh = []
+    outer = experts_coe._Groups.outer
+    monkeypatch.setattr(experts_coe._Groups, "outer", lambda *args: fresh.append(1) or outer(*args))
+    shared = chain_gradients(model, ids)
+    assert len(fresh) == 2  # gate_up_proj and down_proj, once for three iterations
+    monkeypatch.setattr(modeling_coe, "one_weight_gradient", lambda experts: contextlib.nullcontext())
+    separate = chain_gradients(model, ids)
+    assert len(fresh) == 2 + 3 * 2
+    assert relative_error(shared, separate) <= 1e-6
+
+
+def test_sharing_survives_a_second_and_a_partial_backward_pass():
+    model, ids = build(num_iterations=3).train(), tokens(2, 11)
+    expected = chain_gradients(model, ids)
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    norm, weight = model.model.norm.weight, model.model.layers[0].mlp.gate.weight
+    torch.autograd.grad(loss, (norm, weight), retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert relative_error([parameter.grad / 2 for parameter in model.parameters()], expected) <= 1e-6
+
+
+def test_an_error_inside_a_chain_leaves_nothing_behind(model, monkeypatch):
+    expected = model(tokens(1, 5)).logits
+    monkeypatch.setattr(experts_coe, "_sum_over_experts", None)
+    with pytest.raises(TypeError):
+        model(tokens(1, 5))
+    monkeypatch.undo()
+    assert not experts_coe._CHAINS
+    assert torch.equal(model(tokens(1, 5)).logits, expected)
+
+
+def test_a_chain_under_autocast_gives_the_eager_gradients():
+    ids, grads = tokens(2, 11), {}
+    for implementation in ("coe", "eager"):
+        model = build(num_iterations=2).train()
+        model.set_experts_implementation(implementation)
+        with torch.autocast("cpu", torch.bfloat16):
+            grads[implementation] = chain_gradients(model, ids)
+    assert relative_error(grads["coe"], grads["eager"]) <= 0.1
+
+
+def test_lora_on_the_experts_gets_the_eager_gradients():
+    peft = pytest.importorskip("peft")
+    ids, grads = tokens(2, 11), {}
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for implementation in ("coe", "eager"):
+        model = build(num_iterations=2)
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+        torch.manual_seed(4)
+        adapted = peft.get_peft_model(model, config)
+        model.set_experts_implementation(implementation)
+        adapted(ids, labels=ids).loss.backward()
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        grads[implementation] = [parameter.grad for parameter in trained]
+        assert len(trained) == 2 * 2 * 2 and all(gradient.any() for gradient in grads[implementation])
+    assert relative_error(grads["coe"], grads["eager"]) <= 1e-5
+
+
+def test_bf16_router_keeps_no_fp32_copy_and_gives_fp32_results():
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, HIDDEN).bfloat16(), torch.randn(NUM_EXPERTS, HIDDEN).bfloat16()
+    grads = {}
+    for name, function in {
+        "ours": experts_coe.router_linear,
+        "copies": lambda x, weight: F.linear(x.float(), weight.float()),
+    }.items():
+        leaves, saved = [x.clone().requires_grad_(), weight.clone().requires_grad_()], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.dtype) or t, lambda t: t):
+            logits = function(*leaves)
+        grads[name] = (logits, *torch.autograd.grad(logits.square().sum(), leaves))
+        assert (torch.float32 in saved) == (name == "copies")
+    assert all(torch.equal(a, b) for a, b in zip(grads["ours"], grads["copies"], strict=True))
 
 
 @pytest.mark.parametrize(
