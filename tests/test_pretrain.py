@@ -5,19 +5,19 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pretrain
 import pytest
 import torch
-from arguments import DataArguments, ModelArguments, PretrainArguments, parse
-from checkpoints import checkpoints, newest_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_coe import CoEConfig
+import pretrain
+from arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from checkpoints import checkpoints, newest_checkpoint
 
 
 PROJECT = Path(__file__).parents[1]
@@ -129,7 +129,8 @@ for place in places:
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     folders = sorted(name for name in os.listdir(output) if name.startswith("checkpoint"))
-    print("killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else status, folders, flush=True)
+    died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    print("killed" if died else status, folders, flush=True)
 """
 
 
@@ -149,3 +150,133 @@ def test_a_run_killed_again_and_again_has_the_curve_of_an_uninterrupted_one_bit_
     assert json.loads((tmp_path / "facts.json").read_text())["resumed_from"] == "checkpoint-8"
     assert curve(tmp_path) == curve(whole_run)
     assert (tmp_path / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole_run, preset, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    weights = output / "checkpoint-12" / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"checkpoint-12 is incomplete \(optimizer.pt\)"):
+        assert newest_checkpoint(output).name == "checkpoint-8"
+    (output / "checkpoint-8" / "files.json").unlink()
+    with pytest.warns(UserWarning, match="checkpoint-8"):
+        assert newest_checkpoint(output) is None
+    (output / "checkpoint-12" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning):
+        pretrain.main(options(preset, output))  # from the start, over the damaged ones
+    assert curve(output) == curve(whole_run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"train_problems": 91}, "data"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, "training.gradient_accumulation_steps"),
+        ({"learning_rate": "1e-3"}, "training.learning_rate"),
+        ({"seed": 1}, "data"),
+    ],
+)
+def test_continuing_another_run_is_refused(whole_run, preset, changes, field):
+    before = (whole_run / "loss_curve.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=f"holds a run with `{field}=.*another `output_dir`"):
+        pretrain.main(options(preset, whole_run, **changes))
+    assert (whole_run / "loss_curve.jsonl").read_bytes() == before
+
+
+def test_continuing_with_another_model_is_refused(whole_run, preset, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"model_type": "coe", **TINY, "num_iterations": 3}))
+    with pytest.raises(ValueError, match=r"`model.num_iterations=2`, this one has `3`"):
+        pretrain.main(options(other, whole_run))
+
+
+def test_accumulation_and_checkpointing_give_the_run_of_one_batch(whole_run, preset, tmp_path):
+    """Compared without the auxiliary loss, a statistic of each micro-batch that is no mean over its sequences."""
+    no_aux = tmp_path / "no_aux.json"
+    no_aux.write_text(json.dumps({"model_type": "coe", **TINY, "router_aux_loss_coef": 0.0}))
+    runs = {
+        "one batch": {"per_device_train_batch_size": 8},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "checkpointed": {"per_device_train_batch_size": 8, "gradient_checkpointing": True},
+    }
+    losses = {}
+    for name, changes in runs.items():
+        pretrain.main(options(no_aux, tmp_path / name, max_steps=6, **changes))
+        losses[name] = [row.get("loss", row.get("eval_loss")) for row in curve(tmp_path / name)]
+    assert len(losses["one batch"]) == 5
+    assert losses["accumulated"] == pytest.approx(losses["one batch"], abs=1e-5)
+    assert losses["checkpointed"] == pytest.approx(losses["one batch"], abs=1e-5)
+    first = [row["loss"] for row in curve(whole_run) if "loss" in row]
+    assert losses["one batch"][0] != pytest.approx(first[0], abs=1e-5)
+
+
+def test_a_nan_loss_stops_the_run_says_where_and_keeps_the_last_good_checkpoint(preset, tmp_path, monkeypatch):
+    step = pretrain.Trainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        if self.state.global_step == 6:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("nan")
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Trainer, "training_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"'loss': nan.* at step 8.*checkpoint is .*checkpoint-4"):
+        pretrain.main(options(preset, tmp_path))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
+    monkeypatch.undo()
+    pretrain.main(options(preset, tmp_path))
+    assert json.loads((tmp_path / "facts.json").read_text())["resumed_from"] == "checkpoint-4"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_earlier_ones(preset, whole_run, tmp_path):
+    """The largest file a process may write stands for the full disk: both fail in the middle of a file."""
+    output = tmp_path / "run"
+    pretrain.main(options(preset, output, max_steps=4))
+    size = (output / "checkpoint-4" / "optimizer.pt").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Could not write .*checkpoint-8 .*continues from .*checkpoint-4"):
+            pretrain.main(options(preset, output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-4"]
+    pretrain.main(options(preset, output))
+    assert curve(output)[-1] == curve(whole_run)[-1]
+
+
+def test_an_unwritable_output_is_refused_before_any_work(preset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(pretrain, "load_documents", None)
+    with pytest.raises(OSError, match=r"Cannot write to `output_dir=.*file/run"):
+        pretrain.main(options(preset, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 161}, "sequence_length=161.*max_position_embeddings=160"),
+        ({"save_steps": 5}, "save_steps=5.*multiple of `logging_steps=2"),
+        ({"logging_nan_inf_filter": True}, "would hide a NaN"),
+        ({"learning_rat": "1e-3"}, "learning_rat"),
+    ],
+)
+def test_impossible_arguments_are_refused(preset, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(options(preset, tmp_path, **changes))
+
+
+def test_a_checkpoint_is_a_start_for_other_data(whole_run, tmp_path):
+    """Plain text, the tokenizer of the checkpoint, and no problem to score."""
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 40), ("test", 7)):
+        rows = [json.dumps({"text": f"{split} has a line with the number {n}."}) for n in range(count)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "run"
+    pretrain.main(options(whole_run, output, dataset=tmp_path / "data", max_steps=4))
+    facts = json.loads((output / "facts.json").read_text())
+    assert facts["share_solved"] is None and facts["scored_problems"] == 5
+    assert (output / "tokenizer.json").read_bytes() == (whole_run / "tokenizer.json").read_bytes()

@@ -59,9 +59,11 @@ class RoutingHealth:
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        batch = self._prepare_inputs(next(iter(dataloader)))
+        # A dataloader left half-way would stay the active one of Accelerate.
+        rows = [dataloader.dataset[row] for row in range(min(self.args.eval_batch_size, len(dataloader.dataset)))]
+        batch = self._prepare_inputs(self.data_collator(rows))
         health = routing_health(self.model, {name: batch[name] for name in ROUTED_INPUTS if name in batch})
-        output.metrics |= {f"eval_{name}": value for name, value in health.items()}
+        output.metrics.update({f"eval_{name}": value for name, value in health.items()})
         return output
 
 
