@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
-from trl import TrlParser
+from trl import SFTConfig, TrlParser
 
 from modeling_coe import CoEConfig
 from modeling_coe.budget import TrainingSetup, largest_micro_batch
@@ -99,6 +99,9 @@ class DataArguments:
     split_long_documents: bool = field(
         default=False, metadata={"help": "Cut documents longer than `sequence_length` instead of refusing them."}
     )
+    drop_long_documents: bool = field(
+        default=False, metadata={"help": "Fine-tuning: leave out longer documents instead of refusing them."}
+    )
     scored_problems: int = field(
         default=200, metadata={"help": "Held-out problems answered by greedy decoding at each evaluation; 0 for none."}
     )
@@ -129,6 +132,9 @@ class PretrainArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
+    )
     skip_logits: bool = field(
         default=False,
         metadata={"help": "Compute the same training loss in less memory, without the full logits."},
@@ -147,6 +153,46 @@ class PretrainArguments(TrainingArguments):
                 f"`save_steps={self.save_steps}` must be a multiple of `logging_steps={self.logging_steps}`, or the "
                 "loss curve of a resumed run would differ from that of an uninterrupted one."
             )
+
+
+@dataclass
+class FinetuneArguments(SFTConfig):
+    """`trl.SFTConfig` with the defaults of a fine-tuning run; `sequence_length` is its `max_length`."""
+
+    output_dir: str = field(default="runs/finetune", metadata={"help": "Checkpoints, results and the final model."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of Trainer."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep a layer's input only; recompute."})
+    bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.logging_nan_inf_filter:
+            raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
+
+
+@dataclass
+class LoraArguments:
+    """Train adapters in place of the weights."""
+
+    lora: bool = field(default=False, metadata={"help": "LoRA; otherwise all weights are trained."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the updates."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scales them by alpha / r. Default: 2 r."})
+    lora_experts: bool = field(default=True, metadata={"help": "Adapt the experts, not attention alone."})
+    lora_router: str = field(default="full", metadata={"help": "`full`, `lora` or `none`."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: 4-bit linear layers (bitsandbytes); fused experts stay as they are."}
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and not self.lora:
+            raise ValueError("`load_in_4bit=true` freezes what it quantises; set `lora=true` with it.")
 
 
 # What `modeling_coe.budget` calls the optimizers of Trainer, and whether their states leave the device.
@@ -217,4 +263,4 @@ def fit_micro_batch(training: TrainingArguments, config: CoEConfig, setup: Train
 
 def parse(*argument_classes: type, arguments: list[str] | None = None) -> tuple:
     """One instance of each class, from `--config recipe.yaml` and the command line; unknown keys fail."""
-    return TrlParser(argument_classes).parse_args_and_config(arguments)
+    return TrlParser(argument_classes, allow_abbrev=False).parse_args_and_config(arguments)

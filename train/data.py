@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -232,6 +233,48 @@ def final_answer(text: str) -> str | None:
     """What stands behind the last `####`, without thousands separators; None if there is none."""
     answers = re.findall(r"####\s*(\S+)", text)
     return answers[-1].replace(",", "") if answers else None
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Dataset, batch_size: int = 16
+) -> float:
+    """Nats per token of the completions, of whole texts where there are no prompts; every token counts the same."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in documents.iter(batch_size):
+        encoded = _encode(batch, tokenizer)["input_ids"]
+        starts = [0] * len(encoded) if "text" in batch else [len(ids) for ids in tokenizer(batch["prompt"]).input_ids]
+        inputs = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding_side="right").to(model.device)
+        position = torch.arange(inputs.input_ids.shape[1], device=model.device)
+        start = torch.tensor(starts, device=model.device)[:, None].clamp(min=1)
+        counted = inputs.attention_mask.bool() & (position >= start)
+        labels = inputs.input_ids.masked_fill(~counted, -100)
+        logits = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False).logits
+        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        total, count = total + losses.item(), count + int(counted[:, 1:].sum())
+    model.train(was_training)
+    return total / count
+
+
+def short_enough(
+    documents: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, length: int, drop_long_documents: bool = False
+) -> Dataset:
+    """The documents of the split, which have at most `length` tokens each.
+
+    Raises:
+        ValueError: longer documents, unless they may be dropped; or nothing but longer ones.
+    """
+    sizes = [len(ids) for batch in documents.iter(1000) for ids in _encode(batch, tokenizer)["input_ids"]]
+    kept = [index for index, size in enumerate(sizes) if size <= length]
+    if len(kept) < len(sizes) and not (drop_long_documents and kept):
+        raise ValueError(
+            f"{len(sizes) - len(kept)} of {len(sizes)} documents of the {split} split are longer than "
+            f"`sequence_length={length}`, the longest has {max(sizes)} tokens; raise it up to the model's context, or "
+            "set `drop_long_documents=true`."
+        )
+    return documents.select(kept)
 
 
 @torch.no_grad()

@@ -1,0 +1,152 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a CoE checkpoint on your own questions and answers, all weights or LoRA, with TRL's SFTTrainer:
+
+    python train/finetune.py --config configuration/finetune/lora.yaml --model runs/smoke --dataset path/or/hub-id
+
+The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`) or `text`. The loss is
+that of the answers. A run that was killed continues from its newest complete checkpoint with the same command.
+`output_dir` holds the model or the adapter, the tokenizer, and facts.json with the held-out loss before and after.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from trl import SFTTrainer
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, parse
+from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
+from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
+from modeling_coe.adapters import count_adapted, lora_config
+from report import RoutingHealth, environment, peak_memory
+
+
+class Finetuner(AtomicCheckpoints, RoutingHealth, SFTTrainer):
+    """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how the held-out batch is routed."""
+
+
+def load_model(arguments: ModelArguments, lora: LoraArguments, sequence_length: int) -> PreTrainedModel:
+    """The checkpoint, its linear layers in 4 bits if asked for.
+
+    Raises:
+        ValueError: a preset in place of a checkpoint, or sequences longer than the context.
+        ImportError: 4 bits without bitsandbytes.
+    """
+    if Path(arguments.model).suffix == ".json":
+        raise ValueError(f"`model={arguments.model}` is a preset without weights; name a checkpoint, or pretrain it.")
+    config = AutoConfig.from_pretrained(arguments.model)
+    if sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"`sequence_length={sequence_length}` exceeds the context of {arguments.model}, "
+            f"`max_position_embeddings={config.max_position_embeddings}`; shorten it."
+        )
+    options = arguments.load_options()
+    if lora.load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ImportError("`load_in_4bit=true` needs bitsandbytes; `pip install bitsandbytes`, or leave it out.")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+    if lora.load_in_4bit:
+        print(f"{quantised_share(model):.1%} of the weights are in 4 bits; fused experts and embeddings are not.")
+    return model
+
+
+def quantised_share(model: PreTrainedModel) -> float:
+    """The share of the original weights that are really stored in 4 bits."""
+    packed = sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    return packed / (packed + sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8))
+
+
+def record_of(
+    model: PreTrainedModel, documents: DatasetDict, lora: LoraArguments, training: FinetuneArguments
+) -> dict:
+    """Everything that the trajectory of a run depends on, except how long it lasts."""
+    names = (
+        "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size optim learning_rate "
+        "lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length packing bf16 fp16"
+    ).split()
+    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
+    return {
+        "model": config,
+        "lora": vars(lora),
+        "data": {"rows": len(documents["train"]), "first": documents["train"][0], "last": documents["train"][-1]},
+        "training": {name: getattr(training, name) for name in names},
+    }
+
+
+def score(trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int) -> dict[str, float]:
+    """Held-out loss per token and the share of problems solved."""
+    tokenizer = trainer.processing_class
+    result = {"held_out_loss": held_out_loss(trainer.model, tokenizer, documents["validation"], batch_size)}
+    problems = as_problems(documents["validation"], data.scored_problems)
+    if len(problems):
+        answers = solve(trainer.model, tokenizer, problems, batch_size, data.max_new_tokens)
+        result["share_solved"] = sum(answer["solved"] for answer in answers) / len(answers)
+    return result
+
+
+def main(arguments: list[str] | None = None):
+    classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments)
+    model_arguments, data, training, lora = parse(*classes, arguments=arguments)
+    training.max_length = data.sequence_length
+    output = Path(training.output_dir)
+    set_seed(training.seed)
+
+    model = load_model(model_arguments, lora, data.sequence_length)
+    with training.main_process_first():
+        documents = load_documents(data, training.seed)
+    name = model_arguments.tokenizer or model_arguments.model
+    tokenizer = load_tokenizer(name, documents["train"], model.config.vocab_size)
+    for split, rows in documents.items():
+        documents[split] = short_enough(rows, split, tokenizer, data.sequence_length, data.drop_long_documents)
+
+    checkpoint = newest_checkpoint(output)
+    if training.process_index == 0:
+        prepare_output(output)
+        match_record(output, record_of(model, documents, lora, training), is_resumed=checkpoint is not None)
+    options = {"experts": lora.lora_experts, "router": lora.lora_router, "r": lora.lora_r}
+    trainer = Finetuner(
+        model=model,
+        args=training,
+        train_dataset=documents["train"],
+        eval_dataset=documents["validation"],
+        processing_class=tokenizer,
+        peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
+    )
+    trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
+    print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
+
+    before = score(trainer, documents, data, training.per_device_eval_batch_size)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    after = score(trainer, documents, data, training.per_device_eval_batch_size)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        facts = {
+            "model": model_arguments.model,
+            "dataset": data.dataset,
+            "lora": vars(lora) if lora.lora else None,
+            "trained_parameters": trained,
+            "steps": trainer.state.global_step,
+            "train_documents": len(documents["train"]),
+            "held_out_documents": len(documents["validation"]),
+            "before": before,
+            "after": after,
+            "train_seconds": round(result.metrics["train_runtime"], 1),
+            "resumed_from": None if checkpoint is None else checkpoint.name,
+            "peak_memory_gib": round(peak_memory(training.device), 3),
+            "seed": training.seed,
+            **environment(training.device),
+        }
+        write_json(output / "facts.json", facts)
+        print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
