@@ -132,7 +132,7 @@ class PretrainArguments(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036, the parser wants None first
         default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
     )
     skip_logits: bool = field(
@@ -167,7 +167,7 @@ class FinetuneArguments(SFTConfig):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep a layer's input only; recompute."})
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036, the parser wants None first
         default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
     )
 
