@@ -4,6 +4,8 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 OLDEST := .venv-oldest
+# Models this small gain little from a second thread, and lose much when the cores are shared.
+export OMP_NUM_THREADS ?= 1
 QUESTION ?= Mia has 7 apples. Mia buys 5 more. How many apples does Mia have now?
 
 .PHONY: demo test test-slow test-oldest lint clean
