@@ -1,0 +1,108 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Score a checkpoint or an adapter: held-out loss, share of problems solved, and lm_eval tasks, into facts.json:
+
+    python train/eval_lm.py --model runs/finetune_lora --dataset path/or/hub-id --scored_problems 100
+    python train/eval_lm.py --model runs/smoke --tasks my_task --task_folder path/to/yaml --output_dir runs/smoke/eval
+
+The loss is per token of the answers, of whole texts where there are no questions; answers are generated greedily, in
+batches. Tasks need `pip install lm_eval`; a folder of local YAML tasks works offline.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from arguments import DataArguments, ModelArguments, parse
+from checkpoints import prepare_output, write_json
+from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
+from report import environment
+
+
+@dataclass
+class EvaluationArguments:
+    """What to score, and where to write it."""
+
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Takes facts.json and samples.json."})
+    batch_size: int = field(default=16, metadata={"help": "Documents and prompts at a time."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "lm_eval tasks, by name."})
+    task_folder: str | None = field(default=None, metadata={"help": "Folder with YAML files of local lm_eval tasks."})
+    task_limit: int | None = field(default=None, metadata={"help": "Score only the first examples of each task."})
+    seed: int = field(default=0, metadata={"help": "Of generated or split documents; the training run's is 42."})
+
+
+def load(arguments: ModelArguments) -> PreTrainedModel:
+    """The model in evaluation mode; an adapter is merged into its base model."""
+    if (Path(arguments.model) / "adapter_config.json").is_file():
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            arguments.model, **arguments.load_options()
+        ).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, **arguments.load_options())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments) -> dict:
+    """lm_eval's metrics of each task.
+
+    Raises:
+        ImportError: lm_eval is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise ImportError(f"`tasks={arguments.tasks}` need lm_eval; `pip install lm_eval`, or leave them out.")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size),
+        tasks=arguments.tasks,
+        task_manager=TaskManager(include_path=arguments.task_folder),
+        limit=arguments.task_limit,
+        bootstrap_iters=0,
+    )["results"]
+    return {
+        task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in results.items()
+    }
+
+
+def main(arguments: list[str] | None = None):
+    model_arguments, data, evaluation = parse(ModelArguments, DataArguments, EvaluationArguments, arguments=arguments)
+    output = Path(evaluation.output_dir)
+    prepare_output(output)
+    model = load(model_arguments)
+    documents = load_documents(data, evaluation.seed)["validation"]
+    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
+    length = min(data.sequence_length, model.config.max_position_embeddings)
+    documents = short_enough(documents, "validation", tokenizer, length, data.drop_long_documents)
+
+    loss = held_out_loss(model, tokenizer, documents, evaluation.batch_size)
+    facts = {
+        "model": model_arguments.model,
+        "dataset": data.dataset,
+        "held_out_documents": len(documents),
+        "held_out_loss": loss,
+        "perplexity": math.exp(min(loss, math.log(sys.float_info.max))),
+    }
+    problems = as_problems(documents, data.scored_problems)
+    if len(problems):
+        answers = solve(model, tokenizer, problems, evaluation.batch_size, data.max_new_tokens)
+        facts |= {"scored_problems": len(answers), "share_solved": sum(a["solved"] for a in answers) / len(answers)}
+        write_json(output / "samples.json", answers)
+    if evaluation.tasks:
+        facts["tasks"] = run_tasks(model, tokenizer, evaluation)
+    write_json(output / "facts.json", facts | environment(model.device))
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
