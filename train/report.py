@@ -102,7 +102,9 @@ def plot_curve(rows: list[dict], path: Path, title: str):
     axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.5, label="training loss")
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", color="#08519c", markersize=4, label="held-out loss")
-    axis.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title, ylim=(0, None), xlim=(0, None))
+    axis.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title, xlim=(0, None))
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
     axis.grid(color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
