@@ -46,8 +46,8 @@ def coe_experts_forward(
     What the autograd function cannot express runs through the host's `grouped_mm`, with a warning: biases, transposed
     or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded weights, devices
     other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler decides what
-    backward recomputes. Few tokens on an accelerator (at most N rows, without gradients) run through `batched_mm`, as
-    the host chooses for decoding.
+    backward recomputes. Decoding, at most N rows without gradients, takes the host's choice: `batched_mm` on
+    accelerators, `grouped_mm` on CPU, where very few rows are single matrix-vector products.
 
     Args:
         self (`nn.Module`): a module decorated by `use_experts_implementation`.
@@ -58,14 +58,19 @@ def coe_experts_forward(
     Raises:
         RuntimeError: a backward pass with `create_graph=True`.
     """
+    rows, on_cpu = top_k_index.numel(), hidden_states.device.type == "cpu"
+    decodes = not torch.is_grad_enabled() and rows <= self.num_experts
     host = None
-    if not torch.is_grad_enabled() and hidden_states.device.type != "cpu" and top_k_index.numel() <= self.num_experts:
-        host = "batched_mm"
-    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
-        host = "grouped_mm"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        host = "batched_mm" if decodes and not on_cpu else "grouped_mm"
     elif unsupported := _unsupported(self, hidden_states):
         logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
         host = "grouped_mm"
+    elif decodes:
+        same_dtype = hidden_states.dtype == self.down_proj.dtype and not torch.is_autocast_enabled("cpu")
+        if on_cpu and same_dtype and 4 * rows <= self.num_experts:
+            return _row_by_row(self, hidden_states, top_k_index, top_k_weights)
+        host = "grouped_mm" if on_cpu else "batched_mm"
     if host is not None:
         return ALL_EXPERTS_FUNCTIONS[host](self, hidden_states, top_k_index, top_k_weights)
 
@@ -120,6 +125,20 @@ def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
     if hidden_states.device.type not in ("cpu", "cuda"):
         return f"the device {hidden_states.device.type}"
     return None
+
+
+def _row_by_row(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Matrix-vector products for a token or two on CPU, where a grouped product spends its time on empty groups."""
+    output = torch.zeros_like(hidden_states)
+    for token, chosen in enumerate(top_k_index.tolist()):
+        for k, expert in enumerate(chosen):
+            if expert < experts.num_experts:
+                gate, up = torch.mv(experts.gate_up_proj[expert], hidden_states[token]).chunk(2)
+                activation = F.silu(gate).mul_(up).mul_(top_k_weights[token, k])
+                output[token].addmv_(experts.down_proj[expert], activation)
+    return output
 
 
 class _Experts(torch.autograd.Function):
@@ -197,9 +216,12 @@ class _Groups:
         """`[S, A]`, `[N, A, B]` -> `[S, B]`."""
         if self._has_kernel(rows, weight):
             output = GROUPED_MM(rows, weight.to(self.dtype), offs=self.offsets)
+            # The kernel does not write the rows after the last group.
             if self.zero_tail:
                 tail = torch.arange(output.shape[0], device=output.device) >= self.offsets[-1]
                 output.masked_fill_(tail[:, None], 0)
+            elif output.device.type == "cpu":
+                output[self.offsets[-1] :].zero_()
             return output
         output = rows.new_empty(rows.shape[0], weight.shape[-1])
         start = 0
@@ -225,7 +247,7 @@ class _Groups:
         """`total + outer(left, right)`, in place; without a total the outer products alone."""
         if total is None:
             return self.outer(left, right)
-        if total.dtype != self.dtype or self._has_kernel(left, right):
+        if total.device.type != "cpu" or total.dtype != self.dtype:
             return total.add_(self.outer(left, right))
         start = 0
         for expert, end in enumerate(self.offsets.tolist()):
@@ -234,11 +256,14 @@ class _Groups:
         return total
 
     def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
-        """A loop of products is as fast on CPU, and takes fp64 and rows that are not whole 16 bytes anywhere."""
-        if left.device.type == "cpu" or GROUPED_MM is None or self.dtype == torch.float64:
+        """torch's grouped product takes neither fp64 nor rows that are not whole 16 bytes; a loop of products does."""
+        if GROUPED_MM is None or self.dtype == torch.float64:
             return False
-        aligned = all(size * self.dtype.itemsize % 16 == 0 for size in (left.shape[-1], *right.shape[-2:]))
-        return aligned and torch.cuda.get_device_capability(left.device) >= (8, 0)
+        if left.device.type == "cuda" and torch.cuda.get_device_capability(left.device) < (8, 0):
+            return False
+        sizes = (left.shape[-1], *right.shape[-2:]) if right.dim() == 3 else (left.shape[-1], right.shape[-1])
+        whole = all(size * self.dtype.itemsize % 16 == 0 for size in sizes)
+        return whole and left.data_ptr() % 16 == right.data_ptr() % 16 == 0
 
 
 def _sum_over_experts(rows: torch.Tensor, order: torch.Tensor, shape: torch.Size) -> torch.Tensor:
