@@ -13,12 +13,17 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import SCHEDULER_NAME
 
 
 PARTIAL = ".partial"
 MANIFEST = "files.json"
 RECORD = "run.json"
+OPTIMIZER = "optimizer"
 
 
 class AtomicCheckpoints:
@@ -64,6 +69,39 @@ class AtomicCheckpoints:
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+
+
+class ShardedCheckpoints:
+    """For a `Trainer` subclass, between `AtomicCheckpoints` and `Trainer`: a model sharded at load time resumes too.
+
+    Trainer (5.23) cannot save the optimizer of `from_pretrained(distributed_config=...)`, and refuses. Here each
+    rank writes its part with torch's distributed checkpoint, which any number of ranks can read. The weights are the
+    usual safetensors; whoever resumes builds the model from them.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.is_sharded_at_load = any(isinstance(weight, DTensor) for weight in kwargs["model"].parameters())
+        wanted = kwargs["args"].save_only_model
+        kwargs["args"].save_only_model = wanted or self.is_sharded_at_load
+        super().__init__(*args, **kwargs)
+        self.args.save_only_model = wanted
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        if not self.is_sharded_at_load:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer_distributed(self.model, self.optimizer, os.path.join(output_dir, OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        if not self.is_sharded_at_load:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        if not self.is_sharded_at_load or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_distributed(self.model, self.optimizer, os.path.join(checkpoint, OPTIMIZER))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
 def publish(folder: Path, name: str, keep: int | None):

@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, set_seed
+from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from arguments import (
     DataArguments,
+    LayoutArguments,
     ModelArguments,
     PretrainArguments,
     fit_micro_batch,
@@ -33,12 +35,19 @@ from arguments import (
     parse,
     training_setup,
 )
-from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
+from checkpoints import (
+    AtomicCheckpoints,
+    ShardedCheckpoints,
+    match_record,
+    newest_checkpoint,
+    prepare_output,
+    write_json,
+)
 from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
 from report import Curve, Progress, RoutingHealth, environment, peak_memory, plot_curve
 
 
-class Pretrainer(AtomicCheckpoints, RoutingHealth, Trainer):
+class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
     """Trainer that writes whole checkpoints, stops at a NaN, and scores the held-out problems when it evaluates."""
 
     def __init__(self, *args, problems: Dataset, max_new_tokens: int, **kwargs):
@@ -84,8 +93,10 @@ def loss_per_token(evaluation) -> dict[str, float]:
     return {"loss_per_token": total / count}
 
 
-def build_model(arguments: ModelArguments, tokenizer, sequence_length: int):
-    """A model with random weights from a preset, or the pretrained one of a checkpoint."""
+def build_model(
+    arguments: ModelArguments, tokenizer, sequence_length: int, layout: DistributedConfig | None, resumed: Path | None
+):
+    """A model with random weights from a preset, or the pretrained one of a checkpoint; sharded by a layout."""
     config = AutoConfig.from_pretrained(arguments.model)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
@@ -95,9 +106,15 @@ def build_model(arguments: ModelArguments, tokenizer, sequence_length: int):
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     options = arguments.load_options()
-    if is_preset(arguments.model):
-        return AutoModelForCausalLM.from_config(config, **options)
-    return AutoModelForCausalLM.from_pretrained(arguments.model, config=config, **options)
+    source = arguments.model if layout is None or resumed is None else str(resumed)
+    if not is_preset(source):
+        return AutoModelForCausalLM.from_pretrained(source, config=config, distributed_config=layout, **options)
+    model = AutoModelForCausalLM.from_config(config, **options)
+    if layout is None:
+        return model
+    # Every rank draws the same weights and keeps its part of them.
+    weights = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return type(model).from_pretrained(None, config=config, state_dict=weights, distributed_config=layout, **options)
 
 
 def is_preset(model: str) -> bool:
@@ -124,8 +141,8 @@ def record_of(model, blocks: Dataset, training: PretrainArguments) -> dict:
 
 
 def main(arguments: list[str] | None = None):
-    model_arguments, data_arguments, training = parse(
-        ModelArguments, DataArguments, PretrainArguments, arguments=arguments
+    model_arguments, data_arguments, layout, training = parse(
+        ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments
     )
     output = Path(training.output_dir)
     if training.process_index == 0:
@@ -139,12 +156,12 @@ def main(arguments: list[str] | None = None):
         tokenizer = load_tokenizer(name, documents["train"], vocab_size)
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
-    model = build_model(model_arguments, tokenizer, length)
+    checkpoint = newest_checkpoint(output)
+    model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint)
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
         fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
 
-    checkpoint = newest_checkpoint(output)
     if training.process_index == 0:
         match_record(output, record_of(model, blocks["train"], training), is_resumed=checkpoint is not None)
     trainer = Pretrainer(
