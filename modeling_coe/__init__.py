@@ -22,7 +22,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_peft_available
 
+from .adapters import count_adapted, lora_config
 from .configuration_coe import CoEConfig
 from .modeling_coe import (
     CoEForCausalLM,
@@ -51,6 +53,11 @@ for auto_class, model_class in {
     model_class.register_for_auto_class(auto_class.__name__)
 # By this table Trainer knows that label smoothing has to shift the labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["coe"] = "CoEForCausalLM"
+if is_peft_available():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+
+    # `LoraConfig()` without targets adapts what it adapts in Mixtral.
+    LORA_TARGETS["coe"] = LORA_TARGETS["mixtral"]
 
 __all__ = [
     "CoEConfig",
@@ -60,6 +67,8 @@ __all__ = [
     "CoEForTokenClassification",
     "CoEModel",
     "CoEPreTrainedModel",
+    "count_adapted",
     "downcycle",
+    "lora_config",
     "upcycle",
 ]

@@ -1,0 +1,201 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on attention, fused experts and routers: counted, merged exactly, and one merged copy for all iterations."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL, build, tokens
+
+
+peft = pytest.importorskip("peft")
+
+from modeling_coe import CoEConfig, CoEForCausalLM, CoEForSequenceClassification  # noqa: E402, after the skip
+from modeling_coe.adapters import ROUTERS, count_adapted, lora_config  # noqa: E402
+
+
+def adapted(router="full", experts=True, seed=0, model=None, r=5, **overrides):
+    """A model with random, non-zero adapters."""
+    model = build(**overrides) if model is None else model
+    model = peft.get_peft_model(model, lora_config(model, experts=experts, router=router, r=r))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def assert_equal_to_1e6(actual: torch.Tensor, expected: torch.Tensor):
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def expected_counts(router: str, experts: bool, r: int = 5, shared: int = 1) -> dict[str, int]:
+    """The arithmetic of LoRA: r * (inputs + outputs) of each matrix."""
+    config = CoEConfig(**SMALL)
+    H, I, N, C, L = (
+        config.hidden_size, config.intermediate_size, config.num_local_experts, config.num_iterations,
+        config.num_hidden_layers,
+    )  # fmt: skip
+    heads, keys = H, config.num_key_value_heads * (H // config.num_attention_heads)
+    counts = {"attention": L * r * (2 * (H + heads) + 2 * (H + keys))}
+    if experts:
+        counts["experts"] = L * r * N * ((H + 2 * I) + (I + H))
+        counts["shared_expert"] = L * r * 3 * (H + shared * I)
+    if router != "none":
+        counts["router"] = L * C * (N * H if router == "full" else r * (N + H))
+    return counts
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("experts", [True, False])
+def test_adapted_parameters_are_what_the_arguments_say(router, experts):
+    model = adapted(router, experts, num_shared_experts=1)
+    assert count_adapted(model) == expected_counts(router, experts)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("implementation", ["coe", "grouped_mm"])
+def test_every_adapter_learns_and_merges_exactly(router, implementation):
+    model = adapted(router, num_shared_experts=1, independent_gating=router != "lora")
+    model.set_experts_implementation(implementation)
+    inputs = tokens(3, 11)
+    output = model(inputs)
+    base = build(num_shared_experts=1, independent_gating=router != "lora")(inputs)
+    assert (output.logits - base.logits).abs().max() > 0.01
+    model.train()(inputs, labels=inputs).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == []
+    merged = model.eval().merge_and_unload()
+    assert type(merged) is CoEForCausalLM
+    assert_equal_to_1e6(merged(inputs).logits, output.logits)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_saved_adapter_is_reloaded_merged_and_trained_on(router, tmp_path):
+    base = build()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(router, model=CoEForCausalLM.from_pretrained(tmp_path / "base").eval())
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = tokens(2, 9)
+    expected = model(inputs).logits
+    reloaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    assert count_adapted(reloaded) == count_adapted(model)
+    assert_equal_to_1e6(reloaded.eval()(inputs).logits, expected)
+    merged = reloaded.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = CoEForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_equal_to_1e6(again(inputs).logits, expected)
+
+
+def saved_expert_stacks(num_iterations: int) -> int:
+    """Bytes of the expert-stack-sized tensors that autograd keeps of a LoRA forward, without the parameters."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 16, "num_hidden_layers": 1}
+    model = build(num_iterations=num_iterations, num_attention_heads=4, num_key_value_heads=4, **sizes)
+    experts = model.model.layers[0].mlp.experts
+    stacks = {experts.gate_up_proj.nbytes, experts.down_proj.nbytes}
+    model = adapted("none", model=model).train()
+    ignored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored and storage.nbytes() in stacks:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    inputs = tokens(2, 5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(inputs, labels=inputs).loss.backward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_one_merged_copy_of_the_experts_serves_all_iterations():
+    one, four = saved_expert_stacks(1), saved_expert_stacks(4)
+    assert one > 0
+    assert four <= 1.1 * one
+
+
+def test_the_cached_merge_has_the_gradients_of_a_merge_per_iteration(monkeypatch):
+    import contextlib
+
+    from torch.nn.utils import parametrize
+
+    inputs = tokens(2, 7)
+    gradients = []
+    for cached in (True, False):
+        if not cached:
+            monkeypatch.setattr(parametrize, "cached", contextlib.nullcontext)
+        model = adapted("lora").train()
+        model(inputs, labels=inputs).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for with_cache, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_cache, without, atol=1e-6, rtol=1e-4)
+
+
+def test_lora_with_gradient_checkpointing_has_the_same_gradients():
+    inputs = tokens(2, 7)
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("full").train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(inputs, labels=inputs).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed, atol=1e-6, rtol=1e-4)
+
+
+def test_all_linear_adapts_attention_and_the_shared_expert_and_not_the_experts():
+    model = peft.get_peft_model(build(num_shared_experts=1), peft.LoraConfig(r=5, target_modules="all-linear"))
+    expected = expected_counts("none", True)
+    expected.pop("experts")
+    assert count_adapted(model) == expected
+
+
+def test_lora_config_without_targets_adapts_what_it_adapts_in_mixtral():
+    model = peft.get_peft_model(build(), peft.LoraConfig())
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["import peft; import modeling_coe", "import modeling_coe; import peft"])
+def test_lora_config_without_targets_works_whichever_is_imported_first(order):
+    program = f"{order}\n" + (
+        "config = modeling_coe.CoEConfig(vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, "
+        "num_attention_heads=2, num_local_experts=3, num_experts_per_tok=1)\n"
+        "model = peft.get_peft_model(modeling_coe.CoEForCausalLM(config), peft.LoraConfig())\n"
+        "print(sorted({n.split('.')[-4] for n, p in model.named_parameters() if p.requires_grad}))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip().splitlines()[-1] == "['q_proj', 'v_proj']"
+
+
+@pytest.mark.slow
+def test_the_package_imports_without_peft():
+    program = "import sys; sys.modules['peft'] = None; import modeling_coe; print(modeling_coe.CoEConfig.model_type)"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "coe"
+
+
+def test_lora_config_refuses_what_it_cannot_adapt():
+    with pytest.raises(ValueError, match="`router='half'` must be one of"):
+        lora_config(build(), router="half")
+    with pytest.raises(ValueError, match="adapts CoE models only"):
+        from transformers import GPT2Config, GPT2Model
+
+        lora_config(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8)))
+    model = adapted()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        count_adapted(model)
+
+
+def test_a_classifier_is_adapted_too():
+    model = build(CoEForSequenceClassification)
+    assert lora_config(model).task_type is None
+    assert lora_config(build()).task_type == "CAUSAL_LM"
+    assert count_adapted(peft.get_peft_model(model, lora_config(model)))["experts"] > 0
