@@ -23,7 +23,7 @@ def adapted(router="full", experts=True, seed=0, model=None, r=5, **overrides):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.03 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
@@ -58,12 +58,13 @@ def test_adapted_parameters_are_what_the_arguments_say(router, experts):
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("implementation", ["coe", "grouped_mm"])
 def test_every_adapter_learns_and_merges_exactly(router, implementation):
-    model = adapted(router, num_shared_experts=1, independent_gating=router != "lora")
+    fields = {"num_shared_experts": 1, "independent_gating": router != "lora", "initializer_range": 0.05}
+    model = adapted(router, **fields)
     model.set_experts_implementation(implementation)
     inputs = tokens(3, 11)
     output = model(inputs)
-    base = build(num_shared_experts=1, independent_gating=router != "lora")(inputs)
-    assert (output.logits - base.logits).abs().max() > 0.01
+    base = build(**fields)(inputs)
+    assert (output.logits - base.logits).abs().max() > 1e-3
     model.train()(inputs, labels=inputs).loss.backward()
     silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == []
@@ -74,7 +75,7 @@ def test_every_adapter_learns_and_merges_exactly(router, implementation):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_saved_adapter_is_reloaded_merged_and_trained_on(router, tmp_path):
-    base = build()
+    base = build(initializer_range=0.05)
     base.save_pretrained(tmp_path / "base")
     model = adapted(router, model=CoEForCausalLM.from_pretrained(tmp_path / "base").eval())
     model.save_pretrained(tmp_path / "adapter")
