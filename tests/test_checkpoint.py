@@ -82,7 +82,7 @@ def test_experts_no_grouped_product_can_take_fall_back_in_sight(capfd):
         model.set_experts_implementation("grouped_mm")
 
 
-def run_without_the_package(code, folder):
+def run_without_the_package(code, folder, variables=None):
     """Runs code in a fresh process that cannot import `modeling_coe` from anywhere but the checkpoint."""
     blocker = textwrap.dedent("""
         import sys
@@ -97,10 +97,15 @@ def run_without_the_package(code, folder):
         except ModuleNotFoundError:
             pass
     """)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        **(variables or {}),
+    }
     return subprocess.run(
         [sys.executable, "-c", blocker + textwrap.dedent(code)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=folder, env=environment | (variables or {}), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 

@@ -1,0 +1,262 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing a run, against the Hub stand-in: what arrives, what a stranger can do with it, and what goes wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, build, tokens, whitespace_tokenizer
+from hub_stand_in import TOKEN, HubStandIn
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
+from test_checkpoint import run_without_the_package
+from transformers import AutoModelForCausalLM
+
+import publish
+from train.report import environment
+
+
+ROOT = Path(__file__).parents[1]
+REPO = "tester/coe-chain"
+
+
+def write_run(folder: Path, **facts) -> Path:
+    """What train/pretrain.py leaves behind, of a model with random weights."""
+    tokenizer = whitespace_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    build().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    samples = [
+        {"prompt": f"w{i} w8 w{i + 41}", "expected": " w40\n#### 5", "generated": "w3 #### 4", "solved": False}
+        for i in range(4, 9)
+    ]
+    run = {
+        "model": "configuration/models/coe_tiny.json",
+        "dataset": "word_problems",
+        "steps": 17,
+        "tokens": 2345,
+        "validation_loss": 4.25,
+        "share_solved": 0.2,
+        "scored_problems": 5,
+        "train_seconds": 7200.0,
+        "peak_memory_gib": 0.5,
+        "seed": 3,
+        **environment(torch.device("cpu")),
+        **facts,
+    }
+    (folder / "facts.json").write_text(json.dumps(run))
+    (folder / "run.json").write_text(json.dumps({"training": {"learning_rate": 0.003, "seed": 3}}))
+    (folder / "samples.json").write_text(json.dumps(samples))
+    (folder / "loss_curve.jsonl").write_text('{"loss": 4.5}\n')
+    shutil.copy(ROOT / "model_cards" / "chain.png", folder / "loss_curve.png")
+    return folder
+
+
+def run_script(code: str, hub: HubStandIn, home: Path, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **hub.environment(home, token), "PYTHONPATH": str(ROOT / "train")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubStandIn() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory):
+    """A run published by the command itself, in shards of 50 KB; the folder, and what the process printed."""
+    folder = tmp_path_factory.mktemp("published")
+    run = write_run(folder / "run")
+    command = f"import publish; publish.main([{str(run)!r}, '--repo', '{REPO}', '--push', '--max-shard-size', '50KB'])"
+    result = run_script(command, hub, folder / "home")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result
+
+
+def test_everything_arrives_in_one_commit(hub, published):
+    folder, result = published
+    local = {
+        path.relative_to(folder / "run" / "hub").as_posix(): path.read_bytes()
+        for path in (folder / "run" / "hub").rglob("*")
+        if path.is_file()
+    }
+    repository = hub.repositories[REPO]
+    assert {name: content for name, content in repository.main.items() if name != ".gitattributes"} == local
+    assert len(repository.commits) == 2  # the empty repository's, and ours
+    shards = [name for name in local if name.endswith(".safetensors")]
+    assert len(shards) > 2 and all(len(local[name]) < 100_000 for name in shards)
+    assert {
+        "README.md", "config.json", "configuration_coe.py", "facts.json", "generation_config.json", "loss_curve.png",
+        "loss_curve.jsonl", "model.safetensors.index.json", "modeling_coe.py", "routing.png", "tokenizer.json",
+    } <= set(local)  # fmt: skip
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(json.loads(local["config.json"])["auto_map"])
+    assert repository.branches["main"] in result.stdout
+
+
+def test_stranger_runs_the_cards_snippet_and_sees_the_cards_sample(hub, published, tmp_path):
+    card = ModelCard(hub.repositories[REPO].main["README.md"].decode())
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    (sample,) = re.findall(r"```text\n(.*?)\n```", card.text, flags=re.DOTALL)
+    code = snippet + textwrap.dedent("""
+        from transformers import pipeline
+        assert "transformers_modules" in type(model).__module__
+        speak = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        text = speak("w4 w8 w45", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+        assert text and output_text.startswith(f"w4 w8 w45 {text.strip()}"), (text, output_text)
+    """).replace("output_text", "tokenizer.decode(output[0], skip_special_tokens=True)")
+    result = run_without_the_package(code, tmp_path, hub.environment(tmp_path, token=None))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == f"w4 w8 w45 {sample}".strip()
+
+
+def test_snapshots_revisions_and_refusals(hub, published, tmp_path):
+    first = next(iter(hub.repositories[REPO].commits))
+    code = f"""
+        import pathlib
+        from huggingface_hub import errors, hf_hub_download, snapshot_download
+        folder = pathlib.Path(snapshot_download("{REPO}"))
+        print(len(list(folder.glob("*.safetensors"))), (folder / "README.md").is_file())
+        print([path.name for path in pathlib.Path(snapshot_download("{REPO}", revision="{first}")).iterdir()])
+        for repo, revision in [("{REPO}", "no-such-branch"), ("tester/no-such-model", "main")]:
+            try:
+                hf_hub_download(repo, "config.json", revision=revision)
+            except (errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
+                print(type(error).__name__)
+    """
+    result = run_script(code, hub, tmp_path, token=None)
+    shards = sum(name.endswith(".safetensors") for name in hub.repositories[REPO].main)
+    expected = [f"{shards} True", "['.gitattributes']", "RevisionNotFoundError", "RepositoryNotFoundError"]
+    assert result.stdout.splitlines() == expected, result.stderr[-3000:]
+
+
+def test_push_to_hub_makes_private_repositories_that_only_their_owner_loads(hub, tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    code = f"""
+        import torch, modeling_coe
+        from transformers import AutoConfig, AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r})
+        model.push_to_hub("tester/secret", private=True, max_shard_size="50KB")
+        model.model.norm.weight.data.fill_(7)
+        model.push_to_hub("tester/secret", revision="experiment", commit_message="Another norm")
+        for token in (False, "hf_wrong"):
+            try:
+                AutoConfig.from_pretrained("tester/secret", token=token)
+            except OSError as error:
+                print("make sure to pass a token" in str(error), "Invalid credentials" in str(error))
+        main = AutoModelForCausalLM.from_pretrained("tester/secret")
+        branch = AutoModelForCausalLM.from_pretrained("tester/secret", revision="experiment")
+        print(bool((main.model.norm.weight == 7).any()), bool((branch.model.norm.weight == 7).all()))
+    """
+    result = run_script(code, hub, tmp_path)
+    assert result.stdout.splitlines() == ["True False", "False True", "False True"], result.stderr[-3000:]
+    secret = hub.repositories["tester/secret"]
+    assert secret.is_private and {"main", "experiment"} == set(secret.branches)
+    assert secret.main["modeling_coe.py"] == (ROOT / "modeling_coe" / "modeling_coe.py").read_bytes()
+
+
+def test_bad_token_fails_before_any_work(hub, tmp_path, monkeypatch):
+    result = run_script("import hub; hub.check_login()", hub, tmp_path, token="hf_wrong")
+    assert result.returncode != 0 and "401" in result.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(OfflineModeIsEnabled):  # these tests run offline: the login is checked before the run is read
+        publish.main([str(tmp_path / "no-such-run"), "--repo", "tester/other", "--push"])
+
+
+def test_upload_killed_in_the_middle_publishes_nothing_and_the_next_try_completes(published, tmp_path):
+    folder = published[0] / "run" / "hub"
+    command = f"""
+        import hub
+        from pathlib import Path
+        print(hub.push(Path({str(folder)!r}), "{REPO}", is_private=False))
+    """
+    with HubStandIn() as hub:
+        hub.stall_after = 4096
+        environment = {**os.environ, **hub.environment(tmp_path), "PYTHONPATH": str(ROOT / "train")}
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(command)], env=environment)
+        try:
+            assert hub.stalled.wait(timeout=120)
+        finally:
+            process.kill()
+            process.wait()
+            hub.stall_after = None
+        repository = hub.repositories[REPO]
+        assert list(repository.main) == [".gitattributes"]
+
+        result = run_script(command, hub, tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        del repository.main[".gitattributes"]
+        assert repository.main == {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+
+
+def test_published_again_with_fewer_shards_no_old_weights_remain(hub, published, tmp_path):
+    folder = tmp_path / "smaller"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    code = f"""
+        import hub
+        from pathlib import Path
+        hub.push(Path({str(folder)!r}), "tester/again", is_private=False)
+        Path({str(folder)!r}, "model.safetensors").rename(Path({str(folder)!r}, "model-00001-of-00001.safetensors"))
+        hub.push(Path({str(folder)!r}), "tester/again", is_private=False)
+    """
+    result = run_script(code, hub, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert set(hub.repositories["tester/again"].main) == {".gitattributes", "model-00001-of-00001.safetensors"}
+
+
+def test_token_is_written_nowhere(hub, published):
+    folder, result = published
+    assert ("POST", f"api/models/{REPO}/commit/main") in hub.requests  # the token was really used
+    assert TOKEN not in result.stdout + result.stderr
+    for path in folder.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    for content in hub.repositories[REPO].main.values():
+        assert TOKEN.encode() not in content
+
+
+def test_run_that_recorded_a_token_is_refused(tmp_path):
+    run = write_run(tmp_path, commit=TOKEN)
+    with pytest.raises(ValueError, match="looks like a token"):
+        publish.main([str(run), "--repo", REPO])
+    assert not (run / "hub").exists()
+
+
+def test_published_weights_are_the_runs(tmp_path):
+    run = write_run(tmp_path)
+    publish.main([str(run), "--repo", REPO])
+    ids = tokens(2, 7)
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (run, run / "hub")]
+    assert torch.equal(*logits) and logits[0].shape[-1] == SMALL["vocab_size"]
+
+
+def test_what_the_run_does_not_know_must_be_stated(tmp_path):
+    run = write_run(tmp_path, dataset="/somewhere/gsm8k", model="runs/upcycled")
+    for message, options in {
+        "--dataset-license": [],
+        "--dataset-id": ["--dataset-license", "mit"],
+        "--base-model": ["--dataset-license", "mit", "--dataset-id", "openai/gsm8k"],
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            publish.main([str(run), "--repo", REPO, *options])
+    options = ["--dataset-license", "mit", "--dataset-id", "openai/gsm8k", "--base-model", "allenai/OLMoE-1B-7B-0924"]
+    publish.main([str(run), "--repo", REPO, *options, "--watts", "50"])
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert card.data.base_model == "allenai/OLMoE-1B-7B-0924" and card.data.datasets == ["openai/gsm8k"]
+    assert "0.1 kWh, assuming 50 W" in card.text  # two hours
+    entries = yaml.safe_load((run / "hub" / ".eval_results" / "gsm8k.yaml").read_text())
+    assert [(entry["dataset"]["id"], entry["value"]) for entry in entries] == [("openai/gsm8k", 0.2)]

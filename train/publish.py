@@ -1,0 +1,164 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a run into a repository that a stranger can load, judge and cite; with --push, on the Hub, in one commit.
+
+    python train/publish.py runs/smoke --repo user/name                 # writes runs/smoke/hub and stops
+    python train/publish.py runs/smoke --repo user/name --push --private
+
+The folder holds sharded safetensors, the config with its auto_map, the Python files, tokenizer, generation config,
+facts.json, the plots and README.md, rendered from model_cards/template.md. The token comes from `hf auth login` or
+HF_TOKEN, never from the command line, and is written nowhere.
+"""
+
+import argparse
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import eval_result_entries_to_yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from hub import check_login, push, refuse_secrets
+from modeling_coe.cards import benchmark_results, energy_facts, model_facts, render_card
+from modeling_coe.routing import Routing, plot_routing, record_routing
+
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+CURVE_FILES = ("loss_curve.png", "loss_curve.jsonl")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="Folder of a finished run: model, tokenizer, facts.json, samples.json.")
+    parser.add_argument("--repo", required=True, help="Hub id, user/name.")
+    parser.add_argument("--push", action="store_true", help="Upload it, in one commit.")
+    parser.add_argument("--private", action="store_true", help="Create the repository as a private one.")
+    parser.add_argument("--license", default="apache-2.0", help="Of the weights; an identifier of the Hub.")
+    parser.add_argument("--language", default="en", help="ISO 639 code.")
+    parser.add_argument("--base-model", help="Hub id that the run started from, where the run knows only a folder.")
+    parser.add_argument("--dataset-id", help="Hub id of the training data, where the run knows only a folder.")
+    parser.add_argument("--evaluated-split", default="validation", help="Name of the held-out split.")
+    parser.add_argument("--dataset-license", help="License of the training data; needed unless it was generated here.")
+    parser.add_argument("--watts", type=float, help="Mean draw of the machine. Default: 15 a CPU thread, 700 a GPU.")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="Of the sample in the card.")
+    parser.add_argument("--max-shard-size", default="5GB", help="Largest safetensors file.")
+    return parser.parse_args(arguments)
+
+
+def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, tokenizer, samples: list[dict]) -> dict:
+    """Everything that the card says, as JSON; what the run did not record comes from the command line or is missing.
+
+    Raises:
+        ValueError: naming the missing fact and the option that gives it.
+    """
+    is_generated = run["dataset"] == "word_problems"
+    dataset_license = options.dataset_license or ("apache-2.0" if is_generated else None)
+    if dataset_license is None:
+        raise ValueError(f"The license of `{run['dataset']}` is unknown; state it with --dataset-license.")
+    if not is_generated and options.dataset_id is None and Path(run["dataset"]).is_absolute():
+        raise ValueError(f"`{run['dataset']}` is a folder of this machine; name the data with --dataset-id.")
+    is_from_scratch = Path(run["model"]).suffix == ".json"
+    if not is_from_scratch and options.base_model is None:
+        raise ValueError(f"The run started from `{run['model']}`; state its Hub id with --base-model.")
+    if run["share_solved"] is not None and not samples:
+        raise ValueError("The run scored problems but samples.json is empty; run it again.")
+    evaluation = [("loss", "held-out loss, nats per token", run["validation_loss"], None)]
+    if run["share_solved"] is not None:
+        evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
+    names = ("metric", "name", "value", "count")
+    watts = options.watts or (700 * torch.cuda.device_count() if "CPU" not in run["device"] else 15 * run["threads"])
+    return {
+        "repo": options.repo,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "license": options.license,
+        "language": options.language,
+        "task": "text-generation",
+        "base_model": options.base_model,
+        "data": {
+            "name": options.dataset_id or run["dataset"],
+            "hub_id": options.dataset_id,
+            "license": dataset_license,
+        },
+        "model": model_facts(model.config),
+        "recipe": recipe,
+        "run": run,
+        "energy": energy_facts(run["train_seconds"], watts),
+        "evaluation": [
+            {"split": options.evaluated_split, **dict(zip(names, values, strict=True))} for values in evaluation
+        ],
+        "sample": speak(model, tokenizer, samples[0], options.max_new_tokens),
+        "routing": routing_facts(route(model, tokenizer, samples)),
+    }
+
+
+def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
+    """The first held-out prompt, and what the card's snippet prints behind it."""
+    inputs = tokenizer(sample["prompt"], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return {
+        "prompt": sample["prompt"],
+        "expected": sample["expected"].strip(),
+        "generated": text.strip(),
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def route(model, tokenizer, samples: list[dict]) -> Routing:
+    inputs = tokenizer([sample["prompt"] for sample in samples[:64]], return_tensors="pt", padding=True)
+    return record_routing(model, **inputs)
+
+
+def routing_facts(routing: Routing) -> dict:
+    return {
+        "tokens": routing.experts.shape[2],
+        "entropy": [round(value, 4) for value in routing.entropy.mean(dim=0).tolist()],
+        "revisits": [round(value, 4) for value in routing.revisits.mean(dim=0).tolist()],
+    }
+
+
+def write_repository(options: argparse.Namespace, folder: Path):
+    """Everything but the upload: load the run, gather the facts, save and render into `folder`."""
+    run = json.loads((options.run / "facts.json").read_text())
+    recipe = json.loads((options.run / "run.json").read_text())["training"]
+    samples = json.loads((options.run / "samples.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(options.run).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.run)
+    facts = gather_facts(options, run, recipe, model, tokenizer, samples)
+    card = render_card(facts, TEMPLATE)
+
+    model.save_pretrained(folder, max_shard_size=options.max_shard_size)
+    tokenizer.save_pretrained(folder)
+    for name in CURVE_FILES:
+        shutil.copy(options.run / name, folder)
+    plot_routing(route(model, tokenizer, samples)).savefig(folder / "routing.png", dpi=150)
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    card.save(folder / "README.md")
+    if entries := benchmark_results(facts):
+        (folder / ".eval_results").mkdir()
+        path = folder / ".eval_results" / f"{entries[0].task_id}.yaml"
+        path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
+    refuse_secrets(folder)
+
+
+def main(arguments: list[str] | None = None):
+    options = parse_arguments(arguments)
+    if options.push:
+        check_login()
+    folder, partial = options.run / "hub", options.run / ".hub.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_repository(options, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    print(f"Repository written to {folder}")
+    if options.push:
+        print(f"Published: {push(folder, options.repo, options.private)}")
+
+
+if __name__ == "__main__":
+    main()
