@@ -83,7 +83,7 @@ def render_card(facts: dict, template: Path) -> ModelCard:
     environment = jinja2.Environment(
         undefined=MissingFact, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["python"] = repr
+    environment.filters["python"] = lambda text: repr(str(text))
     metadata = ModelCardData(**_metadata(facts))
     validate_metadata(metadata.to_dict())
     text = environment.from_string(template.read_text()).render(metadata=metadata.to_yaml(), **facts)
