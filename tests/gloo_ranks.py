@@ -4,7 +4,7 @@
 
     torchrun --nproc_per_node 2 tests/gloo_ranks.py train/pretrain.py --tp_size 2 ...
 
-Accelerate (1.15) takes ranks on CPU for plain data parallelism: it ignores an FSDP or DeepSpeed file without a word and
+Accelerate (1.15) takes ranks on CPU for plain data parallelism: it ignores an FSDP or DeepSpeed file in silence and
 refuses tensor parallelism. Told that gloo is the backend of its accelerators, it runs all of them.
 """
 
