@@ -112,9 +112,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA itself; default 0.5GB")
     options = parser.parse_args(arguments)
     overrides = [] if options.model is None else ["--model", options.model]
-    model, data, training = parse(
-        ModelArguments, DataArguments, PretrainArguments, arguments=["--config", options.recipe, *overrides]
-    )
+    # Recipes for a GPU are planned anywhere.
+    overrides += ["--config", options.recipe, "--use_cpu", "true"]
+    model, data, training = parse(ModelArguments, DataArguments, PretrainArguments, arguments=overrides)
     if options.gpu is None:
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA card; name one's memory with --gpu 8GB")

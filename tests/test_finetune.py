@@ -1,0 +1,324 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning, evaluation and the plan through their command lines, and the recipes that drive them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import arguments
+import finetune
+import plan
+from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, PretrainArguments, parse
+from data import held_out_loss, load_documents, load_tokenizer, short_enough
+from modeling_coe import CoEConfig, CoEForCausalLM
+from modeling_coe.budget import TrainingSetup, largest_micro_batch, training_memory
+from report import routing_health
+
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "router_aux_loss_coef": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    documents = load_documents(DataArguments(train_problems=200, validation_problems=5))
+    tokenizer = load_tokenizer(None, documents["train"], CONFIG["vocab_size"])
+    torch.manual_seed(0)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    CoEForCausalLM(CoEConfig(**CONFIG, **special)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(checkpoint, output, **options) -> list[str]:
+    options = {
+        "config": ROOT / "configuration/finetune/full.yaml",
+        "model": checkpoint,
+        "dataset": "word_problems",
+        "train_problems": 24,
+        "validation_problems": 6,
+        "sequence_length": 128,
+        "scored_problems": 0,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+        "output_dir": output,
+    } | options
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def curve(output: Path, step: int = 4) -> list[float]:
+    state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [row["loss"] for row in state["log_history"] if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole_run(checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    finetune.main(command(checkpoint, output, learning_rate=0.01))
+    return output
+
+
+def test_fine_tuning_lowers_the_held_out_loss_and_writes_facts(whole_run):
+    facts = json.loads((whole_run / "facts.json").read_text())
+    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"] - 0.1
+    assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
+    assert {"torch", "transformers"} <= facts["versions"].keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": "true"},
+    ],
+    ids=["accumulated", "checkpointed"],
+)
+def test_the_same_batch_gives_the_same_curve(checkpoint, whole_run, tmp_path, options):
+    finetune.main(command(checkpoint, tmp_path, learning_rate=0.01, **options))
+    assert curve(tmp_path) == pytest.approx(curve(whole_run), abs=1e-5)
+
+
+def test_a_resumed_run_has_the_curve_of_the_whole_one_and_refuses_another_recipe(checkpoint, whole_run, tmp_path):
+    output = tmp_path / "resumed"
+    shutil.copytree(whole_run, output)
+    shutil.rmtree(output / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"learning_rate=0.01.*0.02.*another `output_dir`"):
+        finetune.main(command(checkpoint, output, learning_rate=0.02))
+    finetune.main(command(checkpoint, output, learning_rate=0.01))
+    assert json.loads((output / "facts.json").read_text())["resumed_from"] == "checkpoint-2"
+    assert curve(output) == pytest.approx(curve(whole_run), abs=1e-5)
+
+
+def test_lora_trains_and_resumes(checkpoint, tmp_path):
+    recipe = {"config": ROOT / "configuration/finetune/lora.yaml", "learning_rate": 0.01}
+    finetune.main(command(checkpoint, tmp_path, **recipe))
+    whole = curve(tmp_path)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert set(facts["trained_parameters"]) == {"attention", "experts", "router"}
+    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"]
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    finetune.main(command(checkpoint, tmp_path, **recipe))
+    assert curve(tmp_path) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(checkpoint, tmp_path, monkeypatch):
+    original = finetune.Finetuner.compute_loss
+
+    def diverge(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step >= 2 else loss
+
+    monkeypatch.setattr(finetune.Finetuner, "compute_loss", diverge)
+    with pytest.raises(FloatingPointError, match=r"last good checkpoint is .*checkpoint-2"):
+        finetune.main(command(checkpoint, tmp_path))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(checkpoint, tmp_path, monkeypatch):
+    import torch as library
+
+    original = library.save
+
+    def full(content, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(library, "save", full)
+    with pytest.raises(OSError, match=r"No space left.*checkpoint-2"):
+        finetune.main(command(checkpoint, tmp_path))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def write_rows(folder: Path, rows: list[dict], split: str = "train"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ({"prompt_text": "x"}, {}, r"prompt_text.*text_column"),
+        ({"question": "1+1?", "answer": "2 " * 300}, {}, r"longer than `sequence_length=128`.*drop_long_documents"),
+        ({"question": "1+1?", "answer": ""}, {}, "every document must be a text"),
+        ({"question": "1+1?", "answer": "2"}, {"sequence_length": 257}, "exceeds the context of"),
+    ],
+    ids=["no column", "too long", "empty document", "beyond the context"],
+)
+def test_bad_data_is_refused_before_training(checkpoint, tmp_path, rows, options, message):
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data", [rows, rows], split)
+    with pytest.raises(ValueError, match=message):
+        finetune.main(command(checkpoint, tmp_path / "output", dataset=tmp_path / "data", **options))
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_empty_split_is_refused(checkpoint, tmp_path):
+    write_rows(tmp_path / "data", [{"text": "one"}])
+    (tmp_path / "data" / "test.jsonl").write_text("")
+    with pytest.raises(Exception, match=r"(?i)empty|no examples|schema|instruction"):
+        finetune.main(command(checkpoint, tmp_path / "output", dataset=tmp_path / "data"))
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(checkpoint, tmp_path):
+    small = CoEForCausalLM(CoEConfig(**CONFIG | {"vocab_size": 300}))
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="has 320 tokens, the model's embedding 300 rows"):
+        finetune.main(command(tmp_path / "small", tmp_path / "output", tokenizer=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"optim": "adamw_torhc"}, "invalid choice"), ({"lora_rank": 4}, "lora_rank")],
+    ids=["optimizer", "unknown key"],
+)
+def test_an_unknown_choice_is_refused(checkpoint, tmp_path, options, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        finetune.main(command(checkpoint, tmp_path, **options))
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_a_preset_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="preset without weights"):
+        finetune.main(command(ROOT / "configuration/models/coe_tiny.json", tmp_path))
+
+
+def test_held_out_loss_counts_every_completion_token_once(checkpoint):
+    model = CoEForCausalLM.from_pretrained(checkpoint).eval()
+    documents = load_documents(DataArguments(train_problems=1, validation_problems=7))["validation"]
+    tokenizer = load_tokenizer(str(checkpoint), documents, 320)
+    total = count = 0
+    for row in documents:
+        start = len(tokenizer(row["prompt"]).input_ids)
+        completion = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        ids = torch.tensor([*tokenizer(row["prompt"]).input_ids, *completion, tokenizer.eos_token_id])
+        log_probs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        for position in range(start, len(ids)):
+            total -= log_probs[position - 1, ids[position]].item()
+            count += 1
+    assert held_out_loss(model, tokenizer, documents, batch_size=3) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_long_documents_are_dropped_only_when_asked_for(checkpoint):
+    documents = load_documents(DataArguments(train_problems=30, validation_problems=1))["train"]
+    tokenizer = load_tokenizer(str(checkpoint), documents, 320)
+    whole = [p + c for p, c in zip(documents["prompt"], documents["completion"], strict=True)]
+    sizes = sorted(len(tokenizer(text).input_ids) + 1 for text in whole)
+    limit = sizes[10]
+    kept = short_enough(documents, "train", tokenizer, limit, drop_long_documents=True)
+    assert len(kept) == sum(size <= limit for size in sizes)
+    with pytest.raises(ValueError, match=f"{30 - len(kept)} of 30 documents of the train split"):
+        short_enough(documents, "train", tokenizer, limit)
+
+
+def test_routing_health_of_known_routers():
+    torch.manual_seed(0)
+    config = CoEConfig(**CONFIG | {"num_iterations": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1})
+    model = CoEForCausalLM(config).eval()
+    gate = model.model.layers[0].mlp.gate.weight.data
+    gate[0] = 0
+    gate[1] = 0
+    gate[1, 3] = 1e4 * torch.randn(32)
+    batch = {"input_ids": torch.randint(320, (4, 16)), "attention_mask": torch.ones(4, 16, dtype=torch.long)}
+    health = routing_health(model, batch)
+    assert health["router_entropy_1"] == pytest.approx(1, abs=1e-4)
+    assert health["load_imbalance_1"] == 5 and health["dead_experts_1"] == pytest.approx(0.8)
+    # Expert 3 alone for some tokens; the others find the four remaining ones level and take the first.
+    level = (model(**batch, output_router_logits=True).router_logits[1][:, 3] < 0).float().mean().item()
+    assert 0.2 < level < 0.8
+    assert health["router_entropy_2"] == pytest.approx(level * math.log(4) / math.log(5), abs=1e-3)
+    assert health["dead_experts_2"] == pytest.approx(0.6)
+    padded = {name: torch.cat([value, torch.zeros_like(value)], dim=1) for name, value in batch.items()}
+    assert routing_health(model, padded) == health
+
+
+PRETRAIN = sorted(ROOT.glob("configuration/pretrain/*.yaml"))
+FINETUNE = sorted(ROOT.glob("configuration/finetune/*.yaml"))
+PRESETS = sorted(ROOT.glob("configuration/models/*.json"))
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_every_finetune_recipe_is_parsed(path):
+    _, _, training, lora = parse(
+        ModelArguments, DataArguments, FinetuneArguments, LoraArguments, arguments=["--config", str(path)]
+    )
+    assert lora.lora == (path.stem == "lora")
+    assert training.output_dir == f"runs/finetune_{path.stem}"
+
+
+@pytest.mark.parametrize("recipe", PRETRAIN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_the_plan_of_every_preset_and_recipe_is_printed(preset, recipe, capsys):
+    plan.main(["--model", str(preset), "--recipe", str(recipe), "--gpu", "8GB"])
+    printed = capsys.readouterr().out
+    config = AutoConfig.from_pretrained(preset)
+    assert f"CoE-{config.num_iterations}({config.num_experts_per_tok}/{config.num_local_experts})" in printed
+    assert ("Fits 7.50 GiB" in printed) != ("Does not fit 7.50 GiB" in printed)
+
+
+def test_paper_8gb_is_planned_to_fit_eight_gib_at_the_papers_tokens_a_step():
+    recipe = ROOT / "configuration/pretrain/paper_8gb.yaml"
+    model, data, training = parse(
+        ModelArguments, DataArguments, PretrainArguments, arguments=["--config", str(recipe)]
+    )
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert (rows * data.sequence_length, data.sequence_length, training.max_steps) == (32768, 512, 1000)
+    config = AutoConfig.from_pretrained(ROOT / model.model)
+    setup = arguments.training_setup(model, training, data.sequence_length)
+    assert setup.dtype == "bfloat16" and setup.optimizer == "adamw_8bit" and setup.skip_logits
+    assert sum(training_memory(config, setup).values()) < 7.5 * 2**30
+    plain = TrainingSetup(batch_size=64, sequence_length=512, packed=True)
+    assert sum(training_memory(config, plain).values()) > 16 * 2**30
+
+
+def test_remedies_come_in_order_until_the_recipe_fits(capsys):
+    recipe, preset = ROOT / "configuration/pretrain/paper.yaml", ROOT / "configuration/models/coe_c2_k4_n64.json"
+    plan.main(["--model", str(preset), "--recipe", str(recipe), "--gpu", "6GB"])
+    printed = capsys.readouterr().out
+    places = [printed.find(name) for name in ("skip_logits: true", "a smaller micro-batch", "adamw_torch_8bit")]
+    assert -1 not in places and places == sorted(places)
+    assert "Then it fits" in printed
+
+
+def test_the_micro_batch_shrinks_and_the_tokens_of_a_step_stay():
+    config = CoEConfig(**CONFIG)
+    setup = TrainingSetup(12, 64)
+    memory = sum(training_memory(config, TrainingSetup(5, 64)).values())
+    assert largest_micro_batch(config, setup, memory) == 5
+    training = PretrainArguments(
+        output_dir="unused", per_device_train_batch_size=12, gradient_accumulation_steps=1, report_to="none",
+        auto_find_batch_size=True, use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    arguments.fit_micro_batch(training, config, setup, memory)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 3)
+    assert not training.auto_find_batch_size
+    with pytest.raises(ValueError, match="Not one sequence of 64 tokens fits"):
+        arguments.fit_micro_batch(training, config, setup, 1000)
+    with pytest.raises(ValueError, match="fits CUDA cards"):
+        arguments.free_memory(torch.device("cpu"))
