@@ -43,8 +43,9 @@ def test_every_suite_runs_and_records_shape_machine_and_all_contestants(tiny, tm
     for suite in results.values():
         assert {"commit", "torch", "transformers", "device", "threads", "clock"} <= set(suite["machine"])
         assert suite["size"]["model"] == TINY["model"]
-    for rows in results["block"]["results"].values():
-        assert set(rows) == {*benchmark.MIXTRAL, *benchmark.CHAINS}
+    own_shape, paper_shape = results["block"]["results"].values()
+    assert set(own_shape) == {*benchmark.MIXTRAL, *benchmark.CHAINS} and set(paper_shape) == set(benchmark.NO_LOOPS)
+    for rows in (own_shape, paper_shape):
         assert rows[benchmark.BASELINE]["ratio"] == 1.0 and rows[benchmark.BASELINE]["rounds"] >= 2
     before = results["block"]
     benchmark.main(["--suites", "load", "--repetitions", "1", "--output", str(output)])

@@ -404,22 +404,25 @@ def test_what_it_cannot_express_runs_through_grouped_mm_with_a_warning(expert_cl
     assert reason in stream.getvalue() and "grouped_mm" in stream.getvalue()
 
 
-def test_compiled_and_exported_training_and_inference_equal_eager_ones():
-    model = build(num_hidden_layers=1, num_iterations=2)
-    ids = tokens(1, 9)
-    expected = model(ids, labels=ids)
-    expected.loss.backward()
-    gradient = model.model.layers[0].mlp.experts.gate_up_proj.grad.clone()
-    model.zero_grad()
+@pytest.mark.skipif(
+    "grouped_mm_fallback_backward" not in dir(torch.ops.transformers),
+    reason="this transformers cannot compile the backward pass of its fp32 grouped product, for any model",
+)
+def test_compiled_training_gives_the_eager_gradients():
+    model, ids = build(num_hidden_layers=1, num_iterations=2), tokens(1, 9)
+    expected = chain_gradients(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(ids, labels=ids).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected.loss)
-    torch.testing.assert_close(model.model.layers[0].mlp.experts.gate_up_proj.grad, gradient)
+    assert relative_error(chain_gradients(compiled, ids), expected) <= 1e-6
 
+
+def test_compiled_and_exported_inference_equal_the_eager_one():
+    model, ids = build(num_hidden_layers=1, num_iterations=2), tokens(1, 9)
     with torch.no_grad():
+        expected = model(ids).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).logits, expected)
         exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
-    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected.logits)
+    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
 
 
 def test_registering_again_as_remote_code_changes_nothing(model):
