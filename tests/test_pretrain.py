@@ -152,6 +152,19 @@ def test_a_run_killed_again_and_again_has_the_curve_of_an_uninterrupted_one_bit_
     assert (tmp_path / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_repeated_or_killed_before_its_last_save_is_the_same_run(whole_run, preset, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    for name in ("model.safetensors", "facts.json", "loss_curve.png"):
+        (output / name).unlink()
+    pretrain.main(options(preset, output))
+    assert curve(output) == curve(whole_run)
+    assert (output / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    facts, before = (json.loads((folder / "facts.json").read_text()) for folder in (output, whole_run))
+    for name in ("steps", "tokens", "validation_loss", "share_solved"):
+        assert facts[name] == before[name]
+
+
 def test_a_damaged_checkpoint_is_passed_over(whole_run, preset, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole_run, output)

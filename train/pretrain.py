@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, TrainerState, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
@@ -56,7 +56,9 @@ class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
         self.answers, self.metrics, self.evaluated_step = [], {}, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        super().log(logs | {"memory_gib": peak_memory(self.args.device)}, start_time)
+        known = {row["step"] for row in self.state.log_history if "eval_loss" in row}
+        if "eval_loss" not in logs or self.state.global_step not in known:  # a finished run may be evaluated again
+            super().log(logs | {"memory_gib": peak_memory(self.args.device)}, start_time)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         # The evaluation wants the logits.
@@ -179,13 +181,26 @@ def main(arguments: list[str] | None = None):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
 
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = train(trainer, checkpoint)
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
-        report(trainer, model_arguments, data_arguments, result.metrics["train_runtime"], checkpoint)
+        report(trainer, model_arguments, data_arguments, seconds, checkpoint)
+
+
+def train(trainer: Pretrainer, checkpoint: Path | None) -> float:
+    """Train from the checkpoint to the end, in so many seconds; 0 if the checkpoint is the end."""
+    if checkpoint is None:
+        return trainer.train().metrics["train_runtime"]
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if not 0 < trainer.args.max_steps <= state.global_step:
+        return trainer.train(resume_from_checkpoint=str(checkpoint)).metrics["train_runtime"]
+    # Trainer (5.23) would go on for one more step.
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    return 0.0
 
 
 def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seconds: float, checkpoint: Path | None):
