@@ -327,9 +327,10 @@ def main(arguments: list[str] | None = None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
+    where = machine(size)
     for suite in options.suites:
         measured = SUITES[suite](size, options.repetitions)
-        results[suite] = {"machine": machine(size), "size": size, "results": measured}
+        results[suite] = {"machine": where, "size": size, "results": measured}
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(results, indent=2) + "\n")
