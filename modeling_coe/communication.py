@@ -135,9 +135,8 @@ def step_seconds(config: CoEConfig, setup: TrainingSetup, layout: Layout, cluste
     compute = setup.tokens * flops / cluster.flops
     tokens = sum(_seconds(kinds[name], layout.ep_size, cluster) for name in ("all_to_all", "expert_counts"))
     shards = sum(_seconds(kinds[name], layout.fsdp_size, cluster) for name in ("gather", "reduce"))
-    # The copies of a shard lie on different nodes.
-    calls, sent = kinds["replicas"]
-    replicas = sent / cluster.network_bandwidth + calls * cluster.latency if layout.dp_replicate_size > 1 else 0.0
+    # The copies of a shard lie on different nodes, unless one node holds them all.
+    replicas = _seconds(kinds["replicas"], layout.world_size, cluster) if layout.dp_replicate_size > 1 else 0.0
     exposed = max(0.0, shards + replicas - compute)
     return {"compute": compute, "all_to_all": tokens, "sharding": exposed, "total": compute + tokens + exposed}
 

@@ -6,10 +6,12 @@
         --recipe configuration/pretrain/paper_8gb.yaml --gpu 8GB
 
 Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the card, what
-to change, the cheapest change first. Without `--gpu` the card of this machine is meant.
+to change, the cheapest change first. Without `--gpu` the card of this machine is meant. With `--world 8x80GB` also how
+it lies on several cards, and what travels between them.
 """
 
 import argparse
+import math
 import re
 from dataclasses import replace
 
@@ -30,6 +32,7 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
+from modeling_coe.communication import Cluster, Layout, rank_memory, step_seconds, traffic
 
 
 GIB = 2**30
@@ -51,6 +54,14 @@ def memory_size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory size; write for instance 8GB")
     return int(float(match[1]) * GIB)
+
+
+def world_size(text: str) -> tuple[int, int]:
+    """`8x80GB`: 8 cards of 80 * 2**30 bytes."""
+    count, _, memory = text.partition("x")
+    if not count.isdigit() or int(count) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cards and their memory; write for instance 8x80GB")
+    return int(count), memory_size(memory)
 
 
 def row(name: str, *values: str):
@@ -104,17 +115,63 @@ def print_memory(config: CoEConfig, setup: TrainingSetup, budget: int):
     print("Still too much: take a smaller preset, or shard it (configuration/accelerate/fsdp2.yaml).")
 
 
+def calls_and_size(calls: int, sent: float) -> str:
+    return f"{calls} x {sent / max(calls, 1) / 2**20:,.3f}"
+
+
+def print_world(config: CoEConfig, setup: TrainingSetup, cards: int, memory: int):
+    """Memory, traffic and time of a rank: data parallel, sharded (FSDP2), and sharded with expert parallelism."""
+    cluster = Cluster(gpus_per_node=min(cards, 8))
+    experts = math.gcd(config.num_local_experts, cluster.gpus_per_node)
+    layouts = {
+        "DDP": Layout(dp_replicate_size=cards),
+        "FSDP2": Layout(fsdp_size=cards),
+        f"FSDP2 + EP {experts}": Layout(fsdp_size=cards, ep_size=math.gcd(cards, experts)),
+    }
+    print(f"\n{cards} cards, {setup.batch_size} x {setup.sequence_length} tokens each; assumed: {cluster}")
+    row("", *layouts)
+    peaks = [sum(rank_memory(config, setup, layout).values()) for layout in layouts.values()]
+    row("memory of a card", *(f"{peak / GIB:.2f} GiB{'' if peak <= memory else ' (too much)'}" for peak in peaks))
+    kinds = [traffic(config, setup, layout) for layout in layouts.values()]
+    for kind in ("all_to_all", "gather", "reduce", "replicas"):
+        row(f"{kind}: calls, MiB sent", *(calls_and_size(*sent[kind]) for sent in kinds))
+    if config.num_iterations * config.num_experts_per_tok <= config.num_local_experts:
+        calls, sent = traffic(equal_compute_moe(config), setup, [*layouts.values()][-1])["all_to_all"]
+        row("all_to_all of the equal-compute MoE", "", "", calls_and_size(calls, sent))
+    times = [step_seconds(config, setup, layout, cluster) for layout in layouts.values()]
+    for cause in times[0]:
+        row(f"{cause}, ms", *(f"{1000 * time[cause]:,.2f}" for time in times))
+
+
+def print_scaling(config: CoEConfig, setup: TrainingSetup):
+    """Expected tokens per second up to 256 cards: nodes of 8, each a sharded copy, experts within the node."""
+    cluster = Cluster()
+    experts = math.gcd(config.num_local_experts, cluster.gpus_per_node)
+    ideal = setup.tokens / step_seconds(config, setup, Layout(), cluster)["compute"]
+    print("\nExpected scaling, one copy per node of 8 (dp_replicate_size = nodes)")
+    row("cards", "FSDP2, tokens/s", "share of compute", f"+ EP {experts}, tokens/s", "share of compute")
+    for nodes in (1, 2, 4, 8, 16, 32):
+        values = []
+        for layout in (Layout(8, 1, nodes), Layout(8, experts, nodes)):
+            speed = setup.tokens / step_seconds(config, setup, layout, cluster)["total"]
+            values += [f"{8 * nodes * speed:,.0f}", f"{speed / ideal:.1%}"]
+        row(str(8 * nodes), *values)
+
+
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
     parser.add_argument("--recipe", required=True, help="YAML file of configuration/pretrain")
     parser.add_argument("--gpu", type=memory_size, help="memory of the card, for instance 8GB")
     parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA itself; default 0.5GB")
+    parser.add_argument("--world", type=world_size, help="number of cards and their memory, for instance 8x80GB")
     options = parser.parse_args(arguments)
     overrides = [] if options.model is None else ["--model", options.model]
     # Recipes for a GPU are planned anywhere.
     overrides += ["--config", options.recipe, "--use_cpu", "true"]
     model, data, training = parse(ModelArguments, DataArguments, PretrainArguments, arguments=overrides)
+    if options.gpu is None and options.world is not None:
+        options.gpu = options.world[1]
     if options.gpu is None:
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA card; name one's memory with --gpu 8GB")
@@ -124,6 +181,10 @@ def main(arguments: list[str] | None = None):
     print(f"{model.model} under {options.recipe}\n")
     print_comparison(config, setup)
     print_memory(config, setup, options.gpu - options.reserve)
+    if options.world is not None:
+        cards, memory = options.world
+        print_world(config, setup, cards, memory - options.reserve)
+        print_scaling(config, setup)
 
 
 if __name__ == "__main__":
