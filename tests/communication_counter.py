@@ -1,11 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what collectives move: `with CommunicationCounter() as counter: step()`, then `counter.calls`, `counter.bytes`.
-
-    python tests/communication_counter.py model_cards/results/distributed_communication.json
-
-trains one micro-batch on two gloo ranks and writes what was counted beside what `modeling_coe.communication` predicts.
-"""
+"""Counts what collectives move: `with CommunicationCounter(rank, ranks) as counter: step()`, then `counter.bytes`."""
 
 from collections import Counter
 

@@ -3,6 +3,10 @@
 """Two gloo ranks give one process's loss and gradients, move checkpoints and send the bytes that were predicted."""
 
 import socket
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +17,12 @@ from packaging import version
 from torch import distributed
 from transformers.distributed import DistributedConfig, load_optimizer_distributed, save_optimizer_distributed
 
+import plan
+from checkpoints import write_json
 from modeling_coe import CoEForCausalLM
 from modeling_coe.budget import TrainingSetup
-from modeling_coe.communication import Layout, traffic
+from modeling_coe.communication import Layout, rank_memory, traffic
+from report import environment
 
 
 pytestmark = pytest.mark.skipif(
@@ -102,15 +109,16 @@ def move(rank, folder, layout, options):
 
 
 def count(rank, folder, options):
-    """Calls and bytes of one micro-batch, summed over the ranks."""
+    """Calls and bytes of one micro-batch and bytes of weights held, summed over the ranks."""
     model = load(folder / "even", options).train()
     rows = tokens(SETUP.batch_size, SETUP.sequence_length, seed=rank).clamp(max=EVEN["vocab_size"] - 1)
     # The first backward pass is different: FSDP2 does not know its order yet.
     model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
     with CommunicationCounter(rank, 2) as counter:
         model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    held = Counter(weights=sum(parameter.to_local().nbytes for parameter in model.parameters()))
     counters = [None, None]
-    distributed.all_gather_object(counters, (counter.calls, counter.bytes, counter.own))
+    distributed.all_gather_object(counters, (counter.calls, counter.bytes, counter.own, held))
     return [first + second for first, second in zip(*counters, strict=True)]
 
 
@@ -139,9 +147,7 @@ def on_rank(rank, port, folder):
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
+def run_on_two_ranks(folder):
     for chain, options in CHAINS.items():
         build(**SIZES | options).save_pretrained(folder / chain)
     build(**SIZES | EVEN).save_pretrained(folder / "even")
@@ -149,7 +155,13 @@ def results(tmp_path_factory):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(on_rank, (port, folder), nprocs=2)
-    return folder, torch.load(folder / "results.pt", weights_only=False)
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    return folder, run_on_two_ranks(folder)
 
 
 def outcome(results, *name):
@@ -198,8 +210,10 @@ def test_a_checkpoint_moves_from_one_rank_to_two_and_back(results, layout):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "FSDP2" in layout])
 def test_ranks_send_the_predicted_bytes(results, layout):
-    calls, sent, own = outcome(results, "counted", layout)
-    predicted = traffic(build(**SIZES | EVEN).config, SETUP, Layout(**LAYOUTS[layout]))
+    calls, sent, own, held = outcome(results, "counted", layout)
+    config = build(**SIZES | EVEN).config
+    predicted = traffic(config, SETUP, Layout(**LAYOUTS[layout]))
+    assert held["weights"] / 2 == rank_memory(config, SETUP, Layout(**LAYOUTS[layout]))["weights"]
     for kind in ("expert_counts", "gather", "reduce"):
         assert (calls[kind] / 2, sent[kind] / 2) == predicted[kind], kind
     number, leaving = predicted["all_to_all"]
@@ -213,3 +227,45 @@ def test_a_chain_sends_the_bytes_of_its_equal_compute_moe_in_more_calls():
     chain = traffic(build(**SIZES).config, SETUP, Layout(2, 2))["all_to_all"]
     moe = traffic(build(**SIZES, num_iterations=1, num_experts_per_tok=6).config, SETUP, Layout(2, 2))["all_to_all"]
     assert chain == (3 * moe[0], moe[1])
+
+
+def test_the_plan_of_a_world_shows_calls_and_sizes(capsys):
+    arguments = ["--model", "configuration/models/coe_c2_k4_n64.json", "--recipe", "configuration/pretrain/paper.yaml"]
+    plan.main([*arguments, "--world", "8x80GB"])
+    lines = capsys.readouterr().out.splitlines()
+    # 4 layers x 2 iterations x (there, back) x (forward, backward) calls; 64 x 512 tokens x 4 experts x 1024 fp32
+    # numbers, of which 7 in 8 leave the card.
+    sent = 64 * 512 * 4 * 1024 * 4 * 7 / 8 / 2**20
+    assert any(line.startswith("  all_to_all: calls") and line.endswith(f"32 x {sent:,.3f}") for line in lines)
+    assert any(
+        line.startswith("  all_to_all of the equal") and line.endswith(f"16 x {2 * sent:,.3f}") for line in lines
+    )
+    assert [line.split()[0] for line in lines[-6:]] == ["8", "16", "32", "64", "128", "256"]
+
+
+def write_counts(path):
+    """What two ranks sent beside what was predicted, `PYTHONPATH=train python tests/test_distributed.py path.json`."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_on_two_ranks(Path(folder))
+    config, facts = build(**SIZES | EVEN).config, {}
+    for layout in (layout for layout in LAYOUTS if "FSDP2" in layout):
+        calls, sent, own, held = results["counted", layout]
+        predicted = traffic(config, SETUP, Layout(**LAYOUTS[layout]))
+        facts[layout] = {
+            kind: {
+                "calls": calls[kind] / 2,
+                "bytes_sent": sent[kind] / 2,
+                "bytes_kept": own[kind] / 2,
+                "predicted_calls": number,
+                "predicted_bytes_sent": size,
+            }
+            for kind, (number, size) in predicted.items()
+        }
+        weights = rank_memory(config, SETUP, Layout(**LAYOUTS[layout]))["weights"]
+        facts[layout]["weights_bytes"] = {"held": held["weights"] / 2, "predicted": weights}
+    facts = {"per": "rank and micro-batch, mean of two gloo ranks", "config": SIZES | EVEN, "layouts": facts}
+    write_json(Path(path), facts | {"micro_batch": [2, 33], **environment(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    write_counts(sys.argv[1])
