@@ -14,6 +14,7 @@ from transformers import AutoConfig
 import arguments
 import finetune
 import plan
+import publish
 from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, PretrainArguments, parse
 from data import held_out_loss, load_documents, load_tokenizer, short_enough
 from modeling_coe import CoEConfig, CoEForCausalLM
@@ -78,7 +79,7 @@ def curve(output: Path, step: int = 4) -> list[float]:
 @pytest.fixture(scope="module")
 def whole_run(checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole")
-    finetune.main(command(checkpoint, output, learning_rate=0.01))
+    finetune.main(command(checkpoint, output, learning_rate=0.01, scored_problems=2, max_new_tokens=4))
     return output
 
 
@@ -87,6 +88,15 @@ def test_fine_tuning_lowers_the_held_out_loss_and_writes_facts(whole_run):
     assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert {"torch", "transformers"} <= facts["versions"].keys()
+
+
+def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
+    stated = {"--base-model": "user/base", "--dataset-id": "user/data", "--dataset-license": "mit"}
+    publish.main([str(whole_run), "--repo", "user/tuned", *(part for pair in stated.items() for part in pair)])
+    card = (whole_run / "hub" / "README.md").read_text()
+    facts = json.loads((whole_run / "facts.json").read_text())
+    assert facts["tokens"] > 0 and f"{facts['tokens']:,} tokens in 4 steps" in card
+    assert f"{facts['after']['held_out_loss']:.4g} |" in card and "base_model: user/base" in card
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@
 
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`) or `text`. The loss is
 that of the answers. A run that was killed continues from its newest complete checkpoint with the same command.
-`output_dir` holds the model or the adapter, the tokenizer, and facts.json with the held-out loss before and after.
+`output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl and .png, samples.json, and facts.json
+with the held-out loss before and after.
 """
 
 import json
@@ -23,7 +24,7 @@ from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArgu
 from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
 from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
 from modeling_coe.adapters import count_adapted, lora_config
-from report import RoutingHealth, environment, peak_memory
+from report import Curve, RoutingHealth, environment, peak_memory, plot_curve
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, SFTTrainer):
@@ -81,15 +82,17 @@ def record_of(
     }
 
 
-def score(trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int) -> dict[str, float]:
-    """Held-out loss per token and the share of problems solved."""
+def score(
+    trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int
+) -> tuple[dict[str, float], list[dict]]:
+    """Held-out loss per token and the share of problems solved, and the answers to them."""
     tokenizer = trainer.processing_class
     result = {"held_out_loss": held_out_loss(trainer.model, tokenizer, documents["validation"], batch_size)}
     problems = as_problems(documents["validation"], data.scored_problems)
-    if len(problems):
-        answers = solve(trainer.model, tokenizer, problems, batch_size, data.max_new_tokens)
+    answers = solve(trainer.model, tokenizer, problems, batch_size, data.max_new_tokens) if len(problems) else []
+    if answers:
         result["share_solved"] = sum(answer["solved"] for answer in answers) / len(answers)
-    return result
+    return result, answers
 
 
 def main(arguments: list[str] | None = None):
@@ -118,14 +121,15 @@ def main(arguments: list[str] | None = None):
         train_dataset=documents["train"],
         eval_dataset=documents["validation"],
         processing_class=tokenizer,
+        callbacks=[Curve()],
         peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
     )
     trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
     print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
 
-    before = score(trainer, documents, data, training.per_device_eval_batch_size)
+    before, _ = score(trainer, documents, data, training.per_device_eval_batch_size)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    after = score(trainer, documents, data, training.per_device_eval_batch_size)
+    after, answers = score(trainer, documents, data, training.per_device_eval_batch_size)
     trainer.save_model()
     if trainer.is_world_process_zero():
         facts = {
@@ -134,16 +138,22 @@ def main(arguments: list[str] | None = None):
             "lora": vars(lora) if lora.lora else None,
             "trained_parameters": trained,
             "steps": trainer.state.global_step,
+            "tokens": int(trainer.state.num_input_tokens_seen),
             "train_documents": len(documents["train"]),
             "held_out_documents": len(documents["validation"]),
             "before": before,
             "after": after,
+            "validation_loss": after["held_out_loss"],
+            "share_solved": after.get("share_solved"),
+            "scored_problems": len(answers),
             "train_seconds": round(result.metrics["train_runtime"], 1),
             "resumed_from": None if checkpoint is None else checkpoint.name,
             "peak_memory_gib": round(peak_memory(training.device), 3),
             "seed": training.seed,
             **environment(training.device),
         }
+        write_json(output / "samples.json", answers)
+        plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(data.dataset).name}")
         write_json(output / "facts.json", facts)
         print(json.dumps(facts, indent=2))
 

@@ -64,8 +64,8 @@ def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, to
     is_from_scratch = Path(run["model"]).suffix == ".json"
     if not is_from_scratch and options.base_model is None:
         raise ValueError(f"The run started from `{run['model']}`; state its Hub id with --base-model.")
-    if run["share_solved"] is not None and not samples:
-        raise ValueError("The run scored problems but samples.json is empty; run it again.")
+    if not samples:
+        raise ValueError("samples.json is empty: the run answered no problems. Run it with `scored_problems` above 0.")
     evaluation = [("loss", "held-out loss, nats per token", run["validation_loss"], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
