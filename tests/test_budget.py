@@ -285,6 +285,26 @@ def test_the_predicted_peak_holds_what_a_step_really_allocates(
         assert 0.9 * memory.peak < transient < 1.3 * memory.peak
 
 
+@pytest.mark.parametrize("num_items", [None, 1500])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_skipping_the_logits_changes_neither_loss_nor_gradients(num_items, autocast):
+    model = build(CoEConfig(**BASE))
+    tokens = torch.randint(104, (3, 301))
+    labels = tokens.masked_fill(torch.rand(3, 301) < 0.2, -100)
+    options = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items)}
+    results = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(tokens, labels=labels, skip_logits=skip_logits, **options)
+        output.loss.backward()
+        results.append((output.loss.detach(), *(parameter.grad for parameter in model.parameters())))
+    assert output.logits is None
+    tolerance = {"atol": 1e-3, "rtol": 0.02} if autocast else {"atol": 1e-6, "rtol": 1e-6}
+    for plain, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, plain, **tolerance)
+
+
 def test_a_chain_saves_activations_in_proportion_to_its_iterations():
     setup = TrainingSetup(4, 32)
     saved = [saved_activations(CoEConfig(**BASE | {"num_iterations": count}), setup)["experts"] for count in (1, 2, 4)]
