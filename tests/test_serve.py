@@ -172,3 +172,23 @@ def test_pipelines_generate_and_classify(checkpoint, tmp_path):
     assert {s["label"]: s["score"] for s in scores} == pytest.approx(
         {f"LABEL_{i}": p for i, p in enumerate(torch.softmax(logits[0], -1).tolist())}, abs=1e-5
     )
+
+
+def test_what_vllm_and_sglang_read_of_a_checkpoint_is_there(checkpoint):
+    """Read in vLLM 0.33 and SGLang 0.5.23; neither was run."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.is_backend_compatible() and model.config.base_model_tp_plan
+    assert (model.config.num_experts, model.config.num_experts_per_tok) == (7, 2)
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_coe.CoEModel"
+    block, calls = model.model.layers[0].mlp, []
+    assert {name: parameter.dim() for name, parameter in block.experts.named_parameters()} == {
+        "gate_up_proj": 3,
+        "down_proj": 3,
+    }
+    assert [name for name, _ in block.named_modules() if "gate" in name] == ["gate"]
+    block.experts.register_forward_pre_hook(
+        lambda module, inputs, keywords: calls.append((len(inputs), keywords)), with_kwargs=True
+    )
+    model(torch.tensor([[5, 6, 7]]))
+    assert calls == [(3, {})] * model.config.num_iterations  # x, index, weights; by position

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An OpenAI-compatible server for a CoE checkpoint: `transformers serve`, which by itself knows no custom class.
 
-    python train/serve.py runs/smoke --port 8000                 # any option of `transformers serve --help`
-    python train/serve.py runs/smoke --continuous-batching --cb-num-blocks 64 --cb-max-batch-tokens 256
+python train/serve.py runs/smoke --port 8000                 # any option of `transformers serve --help`
+python train/serve.py runs/smoke --continuous-batching --cb-num-blocks 64 --cb-max-batch-tokens 256
 
-    transformers chat runs/smoke http://localhost:8000           # in another terminal; or the `openai` client
+transformers chat runs/smoke http://localhost:8000/v1        # in another terminal; or the `openai` client
 """
 
 import transformers
