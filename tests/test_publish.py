@@ -255,6 +255,9 @@ def test_what_the_run_does_not_know_must_be_stated(tmp_path):
             publish.main([str(run), "--repo", REPO, *options])
     options = ["--dataset-license", "mit", "--dataset-id", "openai/gsm8k", "--base-model", "allenai/OLMoE-1B-7B-0924"]
     publish.main([str(run), "--repo", REPO, *options, "--watts", "50"])
+    for name in ("README.md", "facts.json"):
+        text = (run / "hub" / name).read_text()
+        assert "/somewhere" not in text and "runs/upcycled" not in text
     card = ModelCard.load(run / "hub" / "README.md")
     assert card.data.base_model == "allenai/OLMoE-1B-7B-0924" and card.data.datasets == ["openai/gsm8k"]
     assert "0.1 kWh, assuming 50 W" in card.text  # two hours

@@ -85,7 +85,8 @@ def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, to
         },
         "model": model_facts(model.config),
         "recipe": recipe,
-        "run": run,
+        # Hub ids in place of the folders of this machine.
+        "run": run | {"model": options.base_model or run["model"], "dataset": options.dataset_id or run["dataset"]},
         "energy": energy_facts(run["train_seconds"], watts),
         "evaluation": [
             {"split": options.evaluated_split, **dict(zip(names, values, strict=True))} for values in evaluation
