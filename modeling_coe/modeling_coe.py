@@ -392,8 +392,8 @@ class CoEPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). Nothing "
-                "was loaded: download or save the checkpoint again."
+                f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). "
+                "Nothing was loaded: download or save the checkpoint again."
             ) from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):

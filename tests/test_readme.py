@@ -1,0 +1,104 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says is true: its snippets run, its commands and files exist, its tree is the tree."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, build, whitespace_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_IN_THE_TREE = {".gitignore", ".pre-commit-config.yaml", ".ci/run", "README.md"}
+
+
+def fenced(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return set(listed.stdout.split())
+
+
+def test_python_snippets_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build(max_position_embeddings=512).save_pretrained("runs/smoke")
+    whitespace_tokenizer().save_pretrained("runs/smoke")
+    torch.manual_seed(0)
+    shared = {key: value for key, value in SMALL.items() if key != "num_iterations"}
+    MixtralForCausalLM(MixtralConfig(**shared)).save_pretrained("path/to/mixtral")
+    snippets = fenced("python")
+    assert len(snippets) >= 5
+    namespace = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+
+
+def test_commands_name_existing_scripts_recipes_and_targets():
+    commands = "\n".join(fenced("bash"))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= set(re.findall(r"make ([a-z-]+)", commands)) <= targets
+    for path in re.findall(r"(?:train|configuration)/[\w./-]+\.(?:py|yaml|json)", commands):
+        assert (ROOT / path).is_file(), path
+
+
+def result(name):
+    return json.loads((ROOT / "model_cards" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def benchmark_table():
+    """The README's rows, from the committed benchmark."""
+    suites = {name: suite["results"] for name, suite in result("benchmark_cpu").items()}
+    rows = [
+        ("speed of a training step", "train_step", "train step"),
+        ("speed of the block, forward + backward", "block", "block, hidden 256"),
+        ("speed of decoding, batch 1", "decode", "decode, batch 1,"),
+        ("speed of decoding, batch 16", "decode", "decode, batch 16,"),
+        ("bytes the block keeps for backward", "memory", "bytes a block keeps for backward, hidden 256"),
+        ("peak of a training step beyond weights and optimizer", "memory", "peak of a train step"),
+    ]
+    lines = ["| | CoE-1(8/64) | CoE-2(4/64) | CoE-4(2/64) |", "|---|---|---|---|"]
+    for label, suite, prefix in rows:
+        (measured,) = (value for key, value in suites[suite].items() if key.startswith(prefix))
+        ratios = [measured[chain]["ratio"] for chain in ("CoE-1(8/64)", "CoE-2(4/64)", "CoE-4(2/64)")]
+        lines.append(f"| {label} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |")
+    return "\n".join(lines)
+
+
+def test_quoted_results_are_the_committed_ones():
+    assert benchmark_table() in README
+    assert f"{result('pretrain_smoke')['share_solved']:.1%} of the held-out problems solved" in README
+    assert result("pretrain_gsm8k")["share_solved"] == 0
+    losses = {run["name"]: run["validation_loss"] for run in result("healing_gsm8k")["runs"] if run["seed"] == 0}
+    assert abs(losses["chain"] - losses["source"]) < 0.01 < losses["chain"] - losses["source, more steps"]
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_file_tree_lists_every_file_and_no_other():
+    (tree,) = (block for block in fenced("text") if "modeling_coe/" in block)
+    folder, listed = "", set()
+    for line in filter(None, tree.splitlines()):
+        entry = line.strip().split("  ")[0]
+        if line.startswith(" "):
+            listed = listed - {folder} | {folder + entry}
+        else:
+            folder = entry
+            listed.add(entry)
+    files = tracked_files() - NOT_IN_THE_TREE
+    for entry in listed:
+        assert any(file == entry or file.startswith(entry.rstrip("/") + "/") for file in files), entry
+    folders = tuple(entry for entry in listed if entry.endswith("/"))
+    assert {file for file in files if not file.startswith(folders)} <= listed
