@@ -236,6 +236,13 @@ def test_run_that_recorded_a_token_is_refused(tmp_path):
     assert not (run / "hub").exists()
 
 
+def test_adapter_is_refused(tmp_path):
+    run = write_run(tmp_path)
+    (run / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merge it"):
+        publish.main([str(run), "--repo", REPO])
+
+
 def test_published_weights_are_the_runs(tmp_path):
     run = write_run(tmp_path)
     publish.main([str(run), "--repo", REPO])

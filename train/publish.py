@@ -124,6 +124,8 @@ def routing_facts(routing: Routing) -> dict:
 
 def write_repository(options: argparse.Namespace, folder: Path):
     """Everything but the upload: load the run, gather the facts, save and render into `folder`."""
+    if (options.run / "adapter_config.json").exists():
+        raise ValueError(f"{options.run} holds a LoRA adapter; merge it into its model and publish that.")
     run = json.loads((options.run / "facts.json").read_text())
     recipe = json.loads((options.run / "run.json").read_text())["training"]
     samples = json.loads((options.run / "samples.json").read_text())
