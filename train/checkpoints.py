@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME
@@ -85,6 +86,14 @@ class ShardedCheckpoints:
         kwargs["args"].save_only_model = wanted or self.is_sharded_at_load
         super().__init__(*args, **kwargs)
         self.args.save_only_model = wanted
+
+    def create_optimizer(self, *args, **kwargs):
+        # A forward pass before training leaves the last weights gathered; the optimizer has to hold the shards.
+        if self.is_sharded_at_load:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return super().create_optimizer(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         if not self.is_sharded_at_load:

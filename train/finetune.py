@@ -17,25 +17,39 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers.distributed import DistributedConfig
 from trl import SFTTrainer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, parse
-from checkpoints import AtomicCheckpoints, match_record, newest_checkpoint, prepare_output, write_json
+from arguments import DataArguments, FinetuneArguments, LayoutArguments, LoraArguments, ModelArguments, parse
+from checkpoints import (
+    AtomicCheckpoints,
+    ShardedCheckpoints,
+    match_record,
+    newest_checkpoint,
+    prepare_output,
+    write_json,
+)
 from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
 from modeling_coe.adapters import count_adapted, lora_config
 from report import Curve, RoutingHealth, environment, peak_memory, plot_curve
 
 
-class Finetuner(AtomicCheckpoints, RoutingHealth, SFTTrainer):
+class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):
     """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how the held-out batch is routed."""
 
 
-def load_model(arguments: ModelArguments, lora: LoraArguments, sequence_length: int) -> PreTrainedModel:
-    """The checkpoint, its linear layers in 4 bits if asked for.
+def load_model(
+    arguments: ModelArguments,
+    lora: LoraArguments,
+    sequence_length: int,
+    layout: DistributedConfig | None = None,
+    resumed: Path | None = None,
+) -> PreTrainedModel:
+    """The checkpoint, its linear layers in 4 bits if asked for, sharded by a layout.
 
     Raises:
-        ValueError: a preset in place of a checkpoint, or sequences longer than the context.
+        ValueError: a preset in place of a checkpoint, sequences longer than the context, or LoRA with a layout.
         ImportError: 4 bits without bitsandbytes.
     """
     if Path(arguments.model).suffix == ".json":
@@ -46,6 +60,10 @@ def load_model(arguments: ModelArguments, lora: LoraArguments, sequence_length: 
             f"`sequence_length={sequence_length}` exceeds the context of {arguments.model}, "
             f"`max_position_embeddings={config.max_position_embeddings}`; shorten it."
         )
+    if lora.lora and layout is not None:
+        raise ValueError(
+            "`lora=true` does not go with a layout; leave the sizes at 1 and let Accelerate shard (fsdp2)."
+        )
     options = arguments.load_options()
     if lora.load_in_4bit:
         if find_spec("bitsandbytes") is None:
@@ -53,7 +71,8 @@ def load_model(arguments: ModelArguments, lora: LoraArguments, sequence_length: 
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+    source = arguments.model if layout is None or resumed is None else str(resumed)
+    model = AutoModelForCausalLM.from_pretrained(source, distributed_config=layout, **options)
     if lora.load_in_4bit:
         print(f"{quantised_share(model):.1%} of the weights are in 4 bits; fused experts and embeddings are not.")
     return model
@@ -96,13 +115,14 @@ def score(
 
 
 def main(arguments: list[str] | None = None):
-    classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments)
-    model_arguments, data, training, lora = parse(*classes, arguments=arguments)
+    classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
+    model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments)
     training.max_length = data.sequence_length
     output = Path(training.output_dir)
     set_seed(training.seed)
 
-    model = load_model(model_arguments, lora, data.sequence_length)
+    checkpoint = newest_checkpoint(output)
+    model = load_model(model_arguments, lora, data.sequence_length, layout.distributed_config(), checkpoint)
     with training.main_process_first():
         documents = load_documents(data, training.seed)
     name = model_arguments.tokenizer or model_arguments.model
@@ -110,7 +130,6 @@ def main(arguments: list[str] | None = None):
     for split, rows in documents.items():
         documents[split] = short_enough(rows, split, tokenizer, data.sequence_length, data.drop_long_documents)
 
-    checkpoint = newest_checkpoint(output)
     if training.process_index == 0:
         prepare_output(output)
         match_record(output, record_of(model, documents, lora, training), is_resumed=checkpoint is not None)
