@@ -140,6 +140,7 @@ def test_bad_requests_are_refused_and_the_server_lives_on(client, checkpoint):
     assert answer(client, checkpoint, QUESTIONS[1])
 
 
+@pytest.mark.slow
 def test_32_at_once_get_the_answers_they_would_get_alone(client, checkpoint):
     crowd_gets_its_own_answers(client, checkpoint)
 
