@@ -6,7 +6,7 @@ BIN := $(ENVIRONMENT)/bin
 OLDEST := .venv-oldest
 # Models this small gain little from a second thread, and lose much when the cores are shared.
 export OMP_NUM_THREADS ?= 1
-QUESTION ?= Mia has 7 apples. Mia buys 5 more. How many apples does Mia have now?
+QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
 
 .PHONY: demo test test-slow test-oldest lint clean
 
