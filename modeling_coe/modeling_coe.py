@@ -397,9 +397,9 @@ class CoEPreTrainedModel(PreTrainedModel):
             ) from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # FSDP2 derives `FSDPCoEForCausalLM` in a file of torch's; a checkpoint names this class and holds this file.
+        # FSDP2 derives `FSDPCoEForCausalLM` in a file of torch's; a checkpoint names and holds the class it came from.
         current = self.__class__
-        self.__class__ = next(base for base in current.__mro__ if base.__module__ == __name__)
+        self.__class__ = next(base for base in current.__mro__ if not base.__module__.startswith("torch."))
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
