@@ -135,6 +135,19 @@ def test_lora_trains_and_resumes(checkpoint, tmp_path):
     assert curve(tmp_path) == pytest.approx(whole, abs=1e-5)
 
 
+def test_qlora_trains_and_says_what_is_really_in_4_bits(checkpoint, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    recipe = {"config": ROOT / "configuration/finetune/lora.yaml", "learning_rate": 0.01, "load_in_4bit": "true"}
+    finetune.main(command(checkpoint, tmp_path, **recipe))
+    config = AutoConfig.from_pretrained(checkpoint)
+    # Query, key, value and output projections of every layer; the fused experts are no linear layers.
+    attention = config.num_hidden_layers * 4 * config.hidden_size**2
+    share = attention / CoEForCausalLM(config).num_parameters()
+    assert f"{share:.1%} of the weights are in 4 bits" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"]
+
+
 def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(checkpoint, tmp_path, monkeypatch):
     original = finetune.Finetuner.compute_loss
 
