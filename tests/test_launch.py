@@ -164,6 +164,19 @@ def test_two_ranks_have_the_loss_curve_of_one_process(layout, start, one_process
 
 
 @pytest.mark.slow
+def test_fine_tuning_under_fsdp2_has_the_loss_curve_of_one_process(start, tmp_path):
+    # It scores the checkpoint before it trains: a forward pass that must not leave the optimizer gathered weights.
+    scores = ["--scored_problems", "2", "--eval_strategy", "no"]
+    alone = command(
+        [sys.executable], start, tmp_path / "one", 4, *scores, "--use_cpu", "true", script=["train/finetune.py"]
+    )
+    run(alone, tmp_path / "one.log")
+    script = ("tests/gloo_ranks.py", "train/finetune.py")
+    run(command(accelerate("fsdp2"), start, tmp_path / "two", 2, *scores, script=script), tmp_path / "two.log")
+    assert largest_difference(curve(tmp_path / "two"), curve(tmp_path / "one")) <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["FSDP2", "FSDP2 + EP"])
 def test_a_run_whose_rank_was_killed_has_the_curve_of_an_uninterrupted_one(layout, start, tmp_path):
     # Not ZeRO-3: once restarted, DeepSpeed 0.19.8 could not connect a second gloo group (connection refused).
