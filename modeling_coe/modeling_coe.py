@@ -673,7 +673,10 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`ForCausalLMLoss` of `[B, S, H]`, whose logits exist for 512 tokens at a time, in the backward pass too."""
+        """`ForCausalLMLoss` of `[B, S, H]`, whose logits exist for 512 tokens at a time, in the backward pass too.
+
+        `F.linear_cross_entropy` of torch 2.13 rounds the loss of bf16 states to bf16, and would differ from it.
+        """
         targets = F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1).to(hidden_states.device)
         if num_items_in_batch is None:

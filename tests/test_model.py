@@ -247,6 +247,17 @@ def test_half_precision_trains_and_stays_near_fp32(dtype):
     assert (outputs.logits.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+def test_bf16_loss_without_logits_is_the_fp32_loss_of_the_logits_and_torchs_fused_one_is_not():
+    model = build(initializer_range=0.05).bfloat16()
+    input_ids = tokens(2, 9)
+    plain = model(input_ids, labels=input_ids).loss
+    torch.testing.assert_close(model(input_ids, labels=input_ids, skip_logits=True).loss, plain)
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        states = model.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1)
+        fused = torch.nn.functional.linear_cross_entropy(states, model.lm_head.weight, input_ids[:, 1:].flatten())
+        assert (plain.dtype, fused.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_autocast_trains_fp32_weights_with_bf16_products():
     model = build(initializer_range=0.05).train()
     input_ids = tokens(2, 9)

@@ -130,7 +130,7 @@ def train(
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
     subprocess.run(command + [word for item in options.items() for word in (f"--{item[0]}", str(item[1]))], check=True)
     rows = [json.loads(line) for line in (output / "loss_curve.jsonl").read_text().splitlines()]
-    curve = [[row["step"], round(row["eval_loss"], 4)] for row in rows if "eval_loss" in row]
+    curve = [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row]
     facts = json.loads((output / "facts.json").read_text())
     return {
         "name": "the source's own training",
