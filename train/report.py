@@ -103,15 +103,18 @@ def plot_curve(rows: list[dict], path: Path, title: str):
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", color="#08519c", markersize=4, label="held-out loss")
     axis.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title, xlim=(0, None))
-    axis.set_yscale("log", base=2)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)))
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
     axis.grid(color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
     lines = axis.get_lines()
     if solved:
         share = axis.twinx()
-        share.plot(*zip(*solved, strict=True), "s--", color="#d94801", markersize=4, label="held-out problems solved")
+        style = {"color": "#d94801", "markersize": 4, "clip_on": False, "label": "held-out problems solved"}
+        share.plot(*zip(*solved, strict=True), "s--", **style)
         share.set(ylabel="solved (%)", ylim=(0, 100))
         share.spines["top"].set_visible(False)
         lines = [*lines, *share.get_lines()]
