@@ -1,0 +1,339 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Run a table of contestants, every one at its own best learning rate and with several seeds, and judge its claims.
+
+    python train/reproduce.py --table configuration/reproduce/equal_compute.yaml --scale cpu --dataset path/to/gsm8k
+
+A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `recipe:` overrides its
+recipe. Each learning rate is tried with the first seed; the one with the lowest held-out loss runs with the others.
+Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
+is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import yaml
+
+from arguments import parse
+from checkpoints import write_json
+from modeling_coe import CoEConfig
+from modeling_coe.budget import count_parameters, training_flops
+from report import environment
+
+
+# Student's t, two-sided 95 %, by the number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+EQUAL_COMPUTE = 0.05
+
+
+@dataclass
+class ReproduceArguments:
+    table: str = field(metadata={"help": "A table of configuration/reproduce."})
+    scale: str = field(default="cpu", metadata={"help": "One of configuration/reproduce/scales."})
+    dataset: str | None = field(default=None, metadata={"help": "In place of the scale's: a Hub id, file or folder."})
+    runs_dir: str = field(default="runs/reproduce", metadata={"help": "One folder for every run."})
+    results_dir: str = field(default="model_cards/results", metadata={"help": "The result and its plot."})
+    jobs: int = field(default=1, metadata={"help": "Runs at the same time."})
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """At which size a table runs: a recipe of train/pretrain.py, the learning rates to try, the seeds."""
+
+    recipe: dict
+    learning_rates: list[float]
+    seeds: list[int]
+
+    def __post_init__(self):
+        if not self.learning_rates or len(self.seeds) not in T_95:
+            raise ValueError(
+                f"`learning_rates={self.learning_rates}`, `seeds={self.seeds}`: give one rate and {min(T_95)} to "
+                f"{max(T_95)} seeds at least."
+            )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`row` ends at a held-out loss lower than `than`; with `as_good`, at one no higher.
+
+    Differences below `margin` nats do not count. `published` are the paper's losses of both.
+    """
+
+    claim: str
+    row: str
+    than: str
+    published: list[float] | None = None
+    equal_compute: bool = False
+    as_good: bool = False
+    margin: float = 0.02
+
+
+@dataclass(frozen=True)
+class Table:
+    question: str
+    rows: dict[str, dict]
+    claims: list[Claim]
+
+    def __post_init__(self):
+        for claim in self.claims:
+            for name in (claim.row, claim.than):
+                if name not in self.rows:
+                    raise ValueError(f"A claim names the row {name!r}; the table has {list(self.rows)}.")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A row at a scale."""
+
+    config: CoEConfig
+    recipe: dict
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole training by token, averaged over full blocks."""
+        return training_flops(self.config, self.recipe["sequence_length"])
+
+
+def main(arguments: list[str] | None = None):
+    (options,) = parse(ReproduceArguments, arguments=arguments)
+    table, scale = load_table(Path(options.table)), load_scale(options)
+    contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
+    check_compute(table, contestants)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
+    verdicts = [judge(claim, rows) for claim in table.claims]
+    name = f"{Path(options.table).stem}_{options.scale}"
+    recipe = scale.recipe | {
+        "dataset": Path(scale.recipe["dataset"]).name if options.dataset else scale.recipe["dataset"]
+    }
+    results = {
+        "question": table.question,
+        "command": f"python train/reproduce.py --table configuration/reproduce/{Path(options.table).name} "
+        f"--scale {options.scale}" + (" --dataset path/to/" + recipe["dataset"] if options.dataset else ""),
+        "claims": verdicts,
+        "scale": asdict(replace(scale, recipe=recipe)),
+        "rows": rows,
+        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    output = Path(options.results_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / f"{name}.json", results)
+    plot(table.question, rows, output / f"{name}.png")
+    print_results(rows, verdicts)
+
+
+def load_table(path: Path) -> Table:
+    """
+    Raises:
+        TypeError: an unknown or missing key.
+        ValueError: a claim about a row that is not there.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    claims = [Claim(**claim) for claim in content.pop("claims", [])]
+    return Table(claims=claims, **content)
+
+
+def load_scale(options: ReproduceArguments) -> Scale:
+    """The scale's file, with the command line's data set; its recipe must be one of train/pretrain.py."""
+    path = Path(__file__).parents[1] / "configuration" / "reproduce" / "scales" / f"{options.scale}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ValueError(f"`scale={options.scale}` is unknown; choose one of {known}.")
+    scale = Scale(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    if options.dataset is not None:
+        scale.recipe.pop("dataset_config", None)
+        scale.recipe["dataset"] = options.dataset
+    return scale
+
+
+def build_contestant(row: dict, scale: Scale) -> Contestant:
+    """The scale's preset and recipe with the row's changes.
+
+    Raises:
+        ValueError: a field that is none of the configuration, or a combination that no model can have.
+    """
+    fields = dict(row)
+    recipe = scale.recipe | fields.pop("recipe", {})
+    depth = fields.pop("depth", 1)
+    preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8"))
+    if unknown := fields.keys() - CoEConfig.__dataclass_fields__.keys():
+        raise ValueError(f"The row's {sorted(unknown)} are no fields of CoEConfig, nor `depth` or `recipe`.")
+    config = CoEConfig(**preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields)
+    return Contestant(config, recipe)
+
+
+def check_compute(table: Table, contestants: dict[str, Contestant]):
+    """
+    Raises:
+        ValueError: a claim of equal compute about two rows whose FLOPs differ.
+    """
+    for claim in table.claims:
+        ratio = contestants[claim.row].flops / contestants[claim.than].flops
+        if claim.equal_compute and abs(ratio - 1) > EQUAL_COMPUTE:
+            raise ValueError(
+                f"{claim.row!r} costs {ratio:.2f} times the FLOPs of {claim.than!r}, which is no equal compute; "
+                "change the experts per token of one of them."
+            )
+
+
+def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
+    """Every contestant's result: its learning rates with the first seed, then the best of them with the others."""
+    first, *others = scale.seeds
+    tries = {
+        name: [pool.submit(train, contestant, rate, first, output) for rate in scale.learning_rates]
+        for name, contestant in contestants.items()
+    }
+    best, grids = {}, {}
+    for name, futures in tries.items():
+        results = [future.result() for future in futures]
+        grids[name] = {f"{run['learning_rate']:g}": run["validation_loss"] for run in results}
+        best[name] = min(results, key=lambda run: math.inf if run["diverged"] else run["validation_loss"])
+    rates = {name: run["learning_rate"] for name, run in best.items()}
+    repeats = {
+        name: [pool.submit(train, contestant, rates[name], seed, output) for seed in others]
+        for name, contestant in contestants.items()
+    }
+    baseline = next(iter(contestants.values())).flops
+    rows = {}
+    for name, contestant in contestants.items():
+        runs = [best[name], *(future.result() for future in repeats[name])]
+        losses = [run["validation_loss"] for run in runs]
+        rows[name] = {
+            "config": contestant.config.to_diff_dict(),
+            "parameters": sum(count_parameters(contestant.config).values()),
+            "flops_ratio": round(contestant.flops / baseline, 3),
+            "learning_rate": rates[name],
+            "loss_by_learning_rate": grids[name],
+            "mean_validation_loss": round(statistics.mean(losses), 4),
+            "standard_deviation": round(statistics.stdev(losses), 4),
+            "runs": runs,
+        }
+    return rows
+
+
+def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
+    """One run of train/pretrain.py, unless its folder holds the finished run; its facts and its curve."""
+    fields = {key: value for key, value in contestant.config.to_diff_dict().items() if key != "transformers_version"}
+    identity = json.dumps([fields, contestant.recipe, rate, seed], sort_keys=True)
+    folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    diverged = folder / "diverged.json"
+    if not (folder / "facts.json").is_file() and not diverged.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        preset = folder.with_suffix(".json")
+        preset.write_text(json.dumps(fields, indent=2))
+        options = contestant.recipe | {
+            "model": preset, "output_dir": folder, "learning_rate": rate, "seed": seed, "disable_tqdm": True,
+            "report_to": "none",
+        }  # fmt: skip
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
+        command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if status:
+            message = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1]
+            if not message.startswith("FloatingPointError"):
+                raise RuntimeError(
+                    f"A run failed: {message} See {folder.with_suffix('.log')}; then repeat the command."
+                )
+            write_json(diverged, {"message": message})
+    return read_run(folder, rate, seed)
+
+
+def read_run(folder: Path, rate: float, seed: int) -> dict:
+    """What a finished run left: its loss on the held-out documents and the curve of its training loss."""
+    run = {"seed": seed, "learning_rate": rate, "diverged": (folder / "diverged.json").is_file()}
+    if run["diverged"]:
+        return run | {"validation_loss": None}
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (folder / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    return run | {
+        "validation_loss": round(facts["validation_loss"], 4),
+        "share_solved": facts["share_solved"],
+        "tokens": facts["tokens"],
+        "train_seconds": facts["train_seconds"],
+        "peak_memory_gib": facts["peak_memory_gib"],
+        "commit": facts["commit"],
+        "train_curve": [[row["step"], round(row["loss"], 4)] for row in rows if "loss" in row],
+        "validation_curve": [[row["step"], round(row["eval_loss"], 4)] for row in rows if "eval_loss" in row],
+    }
+
+
+def judge(claim: Claim, rows: dict) -> dict:
+    """The claim with the mean difference of its two rows, paired by seed, its 95 % interval, and a verdict.
+
+    Confirmed: the interval lies on the claim's side, and the mean beyond the margin. Refuted: the interval excludes
+    what the claim says. Undecided: neither.
+    """
+    losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in (claim.row, claim.than)]
+    differences = [row - than for row, than in zip(*losses, strict=True)]
+    mean = statistics.mean(differences)
+    half = T_95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    if claim.as_good:
+        confirmed, refuted = mean + half < claim.margin, mean - half > claim.margin
+    else:
+        confirmed, refuted = mean + half < 0 and mean <= -claim.margin, mean - half > -claim.margin
+    return asdict(claim) | {
+        "difference": round(mean, 4),
+        "interval": [round(mean - half, 4), round(mean + half, 4)],
+        "verdict": "confirmed" if confirmed else "refuted" if refuted else "undecided",
+    }
+
+
+def plot(title: str, rows: dict, path: Path):
+    """Left the training loss, a line through the mean of the seeds in a band from the lowest to the highest; right the
+    held-out loss of every seed."""
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    colors = plt.get_cmap("tab10").colors
+    for index, row in enumerate(rows.values()):
+        color = colors[index % len(colors)]
+        steps = [step for step, _ in row["runs"][0]["train_curve"]]
+        by_seed = [[loss for _, loss in run["train_curve"]] for run in row["runs"]]
+        by_step = list(zip(*by_seed, strict=True))
+        curves.plot(steps, [statistics.mean(losses) for losses in by_step], color=color, linewidth=1.2)
+        curves.fill_between(steps, *([f(losses) for losses in by_step] for f in (min, max)), color=color, alpha=0.15)
+        final = [run["validation_loss"] for run in row["runs"]]
+        ends.plot(final, [index] * len(final), "o", color=color, alpha=0.6, markersize=5)
+        ends.plot(statistics.mean(final), index, "|", color=color, markersize=18, markeredgewidth=2)
+    curves.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter("{x:g}")
+    ends.set(xlabel="held-out loss after the last step (nats per token), a dot a seed")
+    ends.set_yticks(range(len(rows)), rows, fontsize=9)
+    for tick, color in zip(ends.get_yticklabels(), colors * len(rows), strict=False):
+        tick.set_color(color)
+    ends.set_ylim(len(rows) - 0.5, -0.5)
+    for axis in (curves, ends):
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def print_results(rows: dict, verdicts: list[dict]):
+    for name, row in rows.items():
+        print(
+            f"{name:32}{row['mean_validation_loss']:8.4f} +- {row['standard_deviation']:.4f}   rate "
+            f"{row['learning_rate']:g}   FLOPs {row['flops_ratio']:.2f}x   {row['parameters'] / 1e6:.2f} M parameters"
+        )
+    for verdict in verdicts:
+        low, high = verdict["interval"]
+        print(f"{verdict['verdict']:10} {verdict['claim']}: {verdict['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
+
+
+if __name__ == "__main__":
+    main()
