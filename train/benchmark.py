@@ -32,6 +32,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, training_memory
+from report import peak_bytes
 
 
 BASELINE = "mixtral MoE(8/64) grouped_mm"
@@ -207,23 +208,6 @@ def saved_bytes(function, given) -> int:
     return sum(size for size, _ in kept.values())
 
 
-def peak_bytes(step, size: dict) -> int:
-    """Most bytes of torch's allocator in use during `step`, beyond those in use before it."""
-    if size["device"] == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak
-
-
 def memory_suite(size: dict, repetitions: int) -> dict:
     """What a sparse block keeps for backward, and the peak of a train step beyond weights and optimizer states."""
     results = {}
@@ -244,7 +228,8 @@ def memory_suite(size: dict, repetitions: int) -> dict:
     title = "peak of a train step beyond weights and optimizer states (torch's allocator)"
     for step in steps.values():
         step()
-    results[title] = rows = print_bytes(title, {name: peak_bytes(step, size) for name, step in steps.items()})
+    device = torch.device(size["device"])
+    results[title] = rows = print_bytes(title, {name: peak_bytes(step, device) for name, step in steps.items()})
     config = build("CoE-1(8/64)", size).config
     predicted = {
         implementation: sum(training_memory(config, TrainingSetup(

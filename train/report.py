@@ -8,11 +8,13 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import ProgressCallback, TrainerCallback
 
 
@@ -130,6 +132,23 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Most bytes of torch's allocator in use during `step`, beyond those in use before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    used = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return peak
 
 
 def environment(device: torch.device) -> dict:

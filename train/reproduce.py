@@ -8,6 +8,10 @@ A row of the table overrides fields of the scale's preset; `depth: 2` doubles it
 recipe. Each learning rate is tried with the first seed; the one with the lowest held-out loss runs with the others.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
+
+    python train/reproduce.py --table configuration/reproduce/memory.yaml --scale gpu --only_memory true
+
+trains nothing and measures the peak memory of a training step of every row, on CPU as well: `..._memory.json`.
 """
 
 import hashlib
@@ -26,9 +30,9 @@ import yaml
 
 from arguments import parse
 from checkpoints import write_json
-from modeling_coe import CoEConfig
-from modeling_coe.budget import count_parameters, training_flops
-from report import environment
+from modeling_coe import CoEConfig, CoEForCausalLM
+from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
+from report import environment, peak_bytes
 
 
 # Student's t, two-sided 95 %, by the number of seeds.
@@ -44,6 +48,7 @@ class ReproduceArguments:
     runs_dir: str = field(default="runs/reproduce", metadata={"help": "One folder for every run."})
     results_dir: str = field(default="model_cards/results", metadata={"help": "The result and its plot."})
     jobs: int = field(default=1, metadata={"help": "Runs at the same time."})
+    only_memory: bool = field(default=False, metadata={"help": "Measure the memory of every row, train nothing."})
 
     def __post_init__(self):
         if self.jobs < 1:
@@ -83,13 +88,25 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class MemoryClaim:
+    """`row` trains with the share `published` less memory than `than`, give or take `tolerance`."""
+
+    claim: str
+    row: str
+    than: str
+    published: float
+    tolerance: float = 0.02
+
+
+@dataclass(frozen=True)
 class Table:
     question: str
     rows: dict[str, dict]
     claims: list[Claim]
+    memory_claims: list[MemoryClaim]
 
     def __post_init__(self):
-        for claim in self.claims:
+        for claim in (*self.claims, *self.memory_claims):
             for name in (claim.row, claim.than):
                 if name not in self.rows:
                     raise ValueError(f"A claim names the row {name!r}; the table has {list(self.rows)}.")
@@ -97,14 +114,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A row at a scale."""
+    """A row at a scale: the preset that it trains, and the recipe."""
 
-    config: CoEConfig
+    preset: dict
     recipe: dict
 
     @property
+    def config(self) -> CoEConfig:
+        return CoEConfig(**self.preset)
+
+    @property
     def flops(self) -> float:
-        """FLOPs of the whole training by token, averaged over full blocks."""
+        """FLOPs of training on one token, averaged over a full block."""
         return training_flops(self.config, self.recipe["sequence_length"])
 
 
@@ -113,27 +134,37 @@ def main(arguments: list[str] | None = None):
     table, scale = load_table(Path(options.table)), load_scale(options)
     contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
     check_compute(table, contestants)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
-    verdicts = [judge(claim, rows) for claim in table.claims]
-    name = f"{Path(options.table).stem}_{options.scale}"
-    recipe = scale.recipe | {
-        "dataset": Path(scale.recipe["dataset"]).name if options.dataset else scale.recipe["dataset"]
-    }
-    results = {
-        "question": table.question,
-        "command": f"python train/reproduce.py --table configuration/reproduce/{Path(options.table).name} "
-        f"--scale {options.scale}" + (" --dataset path/to/" + recipe["dataset"] if options.dataset else ""),
-        "claims": verdicts,
-        "scale": asdict(replace(scale, recipe=recipe)),
-        "rows": rows,
-        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    }
     output = Path(options.results_dir)
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / f"{name}.json", results)
-    plot(table.question, rows, output / f"{name}.png")
-    print_results(rows, verdicts)
+    name = f"{Path(options.table).stem}_{options.scale}"
+    if options.only_memory:
+        rows = {row: measure_memory(contestant) for row, contestant in contestants.items()}
+        claims = [judge_memory(claim, rows) for claim in table.memory_claims]
+        name += "_memory"
+    else:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
+        claims = [judge(claim, rows) for claim in table.claims]
+        plot(table.question, rows, output / f"{name}.png")
+    write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
+    print_results(rows, claims)
+
+
+def describe(options: ReproduceArguments, table: Table, scale: Scale) -> dict:
+    """How the result came about; of a local data set the folder's name alone."""
+    dataset = scale.recipe["dataset"] if options.dataset is None else Path(options.dataset).name
+    command = f"python train/reproduce.py --table configuration/reproduce/{Path(options.table).name} "
+    command += f"--scale {options.scale}"
+    if options.only_memory:
+        command += " --only_memory true"
+    elif options.dataset is not None:
+        command += f" --dataset path/to/{dataset}"
+    return {
+        "question": table.question,
+        "command": command,
+        "scale": asdict(replace(scale, recipe=scale.recipe | {"dataset": dataset})),
+        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
 
 
 def load_table(path: Path) -> Table:
@@ -144,7 +175,8 @@ def load_table(path: Path) -> Table:
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     claims = [Claim(**claim) for claim in content.pop("claims", [])]
-    return Table(claims=claims, **content)
+    memory_claims = [MemoryClaim(**claim) for claim in content.pop("memory_claims", [])]
+    return Table(claims=claims, memory_claims=memory_claims, **content)
 
 
 def load_scale(options: ReproduceArguments) -> Scale:
@@ -172,8 +204,7 @@ def build_contestant(row: dict, scale: Scale) -> Contestant:
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8"))
     if unknown := fields.keys() - CoEConfig.__dataclass_fields__.keys():
         raise ValueError(f"The row's {sorted(unknown)} are no fields of CoEConfig, nor `depth` or `recipe`.")
-    config = CoEConfig(**preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields)
-    return Contestant(config, recipe)
+    return Contestant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
 
 
 def check_compute(table: Table, contestants: dict[str, Contestant]):
@@ -211,9 +242,11 @@ def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool
     rows = {}
     for name, contestant in contestants.items():
         runs = [best[name], *(future.result() for future in repeats[name])]
+        if any(run["diverged"] for run in runs):
+            raise ValueError(f"{name!r} diverged at `learning_rate={rates[name]:g}`; give the scale lower ones too.")
         losses = [run["validation_loss"] for run in runs]
         rows[name] = {
-            "config": contestant.config.to_diff_dict(),
+            "config": contestant.preset,
             "parameters": sum(count_parameters(contestant.config).values()),
             "flops_ratio": round(contestant.flops / baseline, 3),
             "learning_rate": rates[name],
@@ -227,14 +260,13 @@ def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool
 
 def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
     """One run of train/pretrain.py, unless its folder holds the finished run; its facts and its curve."""
-    fields = {key: value for key, value in contestant.config.to_diff_dict().items() if key != "transformers_version"}
-    identity = json.dumps([fields, contestant.recipe, rate, seed], sort_keys=True)
+    identity = json.dumps([contestant.preset, contestant.recipe, rate, seed], sort_keys=True)
     folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
     diverged = folder / "diverged.json"
     if not (folder / "facts.json").is_file() and not diverged.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         preset = folder.with_suffix(".json")
-        preset.write_text(json.dumps(fields, indent=2))
+        preset.write_text(json.dumps(contestant.preset, indent=2))
         options = contestant.recipe | {
             "model": preset, "output_dir": folder, "learning_rate": rate, "seed": seed, "disable_tqdm": True,
             "report_to": "none",
@@ -293,6 +325,44 @@ def judge(claim: Claim, rows: dict) -> dict:
     }
 
 
+def measure_memory(contestant: Contestant) -> dict:
+    """Peak of the allocator while a model is built and trained for two steps, beside what `budget.py` predicts.
+
+    bf16 weights, gradients and AdamW states, one sequence a micro-batch as in the paper, two micro-batches a step.
+    """
+    config, length = contestant.config, contestant.recipe["sequence_length"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def train_two_steps():
+        model = CoEForCausalLM._from_config(config, dtype=torch.bfloat16).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.randint(config.vocab_size, (1, length), device=device)
+        for _ in range(2):
+            for _ in range(2):
+                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    setup = TrainingSetup(batch_size=1, sequence_length=length, dtype="bfloat16", experts_implementation="coe")
+    return {
+        "config": contestant.preset,
+        "parameters": sum(count_parameters(config).values()),
+        "peak_bytes": peak_bytes(train_two_steps, device),
+        "predicted_bytes": sum(training_memory(config, setup).values()),
+    }
+
+
+def judge_memory(claim: MemoryClaim, rows: dict) -> dict:
+    """The claim with the measured saving, that by parameters alone, and a verdict."""
+    row, than = rows[claim.row], rows[claim.than]
+    saving = 1 - row["peak_bytes"] / than["peak_bytes"]
+    return asdict(claim) | {
+        "saving": round(saving, 4),
+        "saving_of_parameters": round(1 - row["parameters"] / than["parameters"], 4),
+        "verdict": "confirmed" if saving >= claim.published - claim.tolerance else "refuted",
+    }
+
+
 def plot(title: str, rows: dict, path: Path):
     """Left the training loss, a line through the mean of the seeds in a band from the lowest to the highest; right the
     held-out loss of every seed."""
@@ -324,15 +394,19 @@ def plot(title: str, rows: dict, path: Path):
     plt.close(figure)
 
 
-def print_results(rows: dict, verdicts: list[dict]):
+def print_results(rows: dict, claims: list[dict]):
     for name, row in rows.items():
-        print(
-            f"{name:32}{row['mean_validation_loss']:8.4f} +- {row['standard_deviation']:.4f}   rate "
-            f"{row['learning_rate']:g}   FLOPs {row['flops_ratio']:.2f}x   {row['parameters'] / 1e6:.2f} M parameters"
+        print(f"{name:32}{row['parameters'] / 1e6:10.2f} M parameters", end="")
+        if "peak_bytes" in row:
+            print(f"   peak {row['peak_bytes'] / 2**20:.0f} MiB, predicted {row['predicted_bytes'] / 2**20:.0f}")
+        else:
+            loss = f"{row['mean_validation_loss']:8.4f} +- {row['standard_deviation']:.4f}"
+            print(f"{loss}   rate {row['learning_rate']:g}   FLOPs {row['flops_ratio']:.2f}x")
+    for claim in claims:
+        measured = (
+            f"saves {claim['saving']:.1%}" if "saving" in claim else f"{claim['difference']:+.4f} {claim['interval']}"
         )
-    for verdict in verdicts:
-        low, high = verdict["interval"]
-        print(f"{verdict['verdict']:10} {verdict['claim']}: {verdict['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
+        print(f"{claim['verdict']:10} {claim['claim']}: {measured}")
 
 
 if __name__ == "__main__":

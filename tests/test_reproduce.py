@@ -1,0 +1,200 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""A table compares like with like, runs nothing twice, and its verdicts follow from its losses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import reproduce
+from arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from reproduce import Claim, MemoryClaim, ReproduceArguments
+
+
+ROOT = Path(__file__).parent.parent
+TABLES = sorted((ROOT / "configuration" / "reproduce").glob("*.yaml"))
+SCALES = sorted((ROOT / "configuration" / "reproduce" / "scales").glob("*.yaml"))
+RESULTS = ROOT / "model_cards" / "results"
+TABLE = """
+question: Does one beat two?
+rows:
+  one: {num_iterations: 1, num_experts_per_tok: 8}
+  two: {num_iterations: 2, num_experts_per_tok: 4}
+claims:
+  - {claim: two ends lower, row: two, than: one, equal_compute: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """In place of train/pretrain.py: the runs it was asked for; its loss grows with the rate's distance from 2e-3."""
+    runs = []
+
+    def run(command, stdout, **kwargs):
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        preset = json.loads(Path(options["--model"]).read_text())
+        rate, seed = float(options["--learning_rate"]), int(options["--seed"])
+        runs.append((preset["num_iterations"], rate, seed))
+        if rate == 4e-3 and preset["num_iterations"] == 2:
+            stdout.write("Traceback ...\nFloatingPointError: {'loss': nan} at step 7\n")
+            return SimpleNamespace(returncode=1)
+        if seed == 9:
+            stdout.write("Traceback ...\nOSError: no space left\n")
+            return SimpleNamespace(returncode=1)
+        loss = 4 + abs(rate - 2e-3) * 100 - 0.1 * (preset["num_iterations"] == 2) + 0.01 * seed
+        facts = {"validation_loss": loss, "share_solved": 0.5, "tokens": 1, "train_seconds": 1.0,
+                 "peak_memory_gib": 1.0, "commit": "abc"}  # fmt: skip
+        folder = Path(options["--output_dir"])
+        curve = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5}, {"step": 2, "eval_loss": loss}]
+        (folder / "loss_curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        (folder / "facts.json").write_text(json.dumps(facts))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    return runs
+
+
+def run_table(folder, text=TABLE, *options):
+    (folder / "table.yaml").write_text(text)
+    reproduce.main(["--table", str(folder / "table.yaml"), "--runs_dir", str(folder / "runs"),
+                    "--results_dir", str(folder / "results"), "--dataset", "word_problems", *options])  # fmt: skip
+    return json.loads((folder / "results" / "table_cpu.json").read_text())
+
+
+def test_every_contestant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_twice(tmp_path, trained):
+    result = run_table(tmp_path)
+    expected = {(chain, rate, 0) for chain in (1, 2) for rate in (1e-3, 2e-3, 4e-3)}
+    expected |= {(chain, 2e-3, seed) for chain in (1, 2) for seed in (1, 2)}
+    assert len(trained) == len(expected) and set(trained) == expected
+    for row in result["rows"].values():
+        assert row["learning_rate"] == 2e-3 and [run["seed"] for run in row["runs"]] == [0, 1, 2]
+        assert row["runs"][0]["train_curve"] == [[1, 5.0], [2, 4.5]]
+    assert result["rows"]["two"]["loss_by_learning_rate"]["0.004"] is None  # it diverged
+    (claim,) = result["claims"]
+    assert claim["difference"] == pytest.approx(-0.1) and claim["verdict"] == "confirmed"
+    assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 10_000
+    again = run_table(tmp_path)
+    assert len(trained) == len(expected) and again["rows"] == result["rows"]
+
+
+def test_a_run_that_fails_names_its_log_and_leaves_the_others(tmp_path, trained, monkeypatch):
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: reproduce.replace(scale, seeds=[0, 9]))
+    with pytest.raises(RuntimeError, match=r"no space left.*\.log"):
+        run_table(tmp_path)
+    assert len(list((tmp_path / "runs").rglob("facts.json"))) == 5
+
+
+@pytest.mark.slow
+def test_a_table_really_trains(tmp_path, monkeypatch):
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    sizes = {"max_steps": 4, "warmup_steps": 1, "logging_steps": 2, "eval_steps": 4, "train_problems": 200,
+             "validation_problems": 20, "scored_problems": 2}  # fmt: skip
+    small = reproduce.Scale(scale.recipe | sizes, learning_rates=[1e-3], seeds=[0, 1])
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: small)
+    result = run_table(tmp_path, TABLE, "--jobs", "2")
+    losses = [run["validation_loss"] for row in result["rows"].values() for run in row["runs"]]
+    assert len(set(losses)) == 4 and all(5 < loss < 9 for loss in losses)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_can_be_built_and_compares_equal_compute_where_it_says_so(path, scale):
+    table = reproduce.load_table(path)
+    sizes = reproduce.load_scale(ReproduceArguments(table=str(path), scale=scale.stem))
+    reproduce.check_compute(table, {name: reproduce.build_contestant(row, sizes) for name, row in table.rows.items()})
+    assert f"--table configuration/reproduce/{path.name}" in path.read_text() and "Expected:" in path.read_text()
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
+def test_a_scale_s_recipe_is_one_of_the_pretraining_script(path, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())["recipe"] | {"output_dir": str(tmp_path)}))
+    parse(ModelArguments, DataArguments, PretrainArguments, arguments=["--config", str(recipe), "--bf16", "false"])
+
+
+def test_unequal_compute_is_refused_where_a_claim_says_equal(tmp_path, trained):
+    with pytest.raises(ValueError, match=r"'two' costs 1\.\d\d times the FLOPs of 'one'"):
+        run_table(tmp_path, TABLE.replace("num_experts_per_tok: 4", "num_experts_per_tok: 8"))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("num_iterations: 2", "num_iteration: 2", "num_iteration"),
+        ("than: one", "than: three", "'three'"),
+        ("num_experts_per_tok: 4", "num_experts_per_tok: 99", "num_experts_per_tok=99"),
+    ],
+)
+def test_a_mistake_in_a_table_is_named(tmp_path, trained, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        run_table(tmp_path, TABLE.replace(old, new))
+
+
+def verdict(differences, **options):
+    rows = {
+        "a": {"runs": [{"validation_loss": 4 + difference} for difference in differences]},
+        "b": {"runs": [{"validation_loss": 4.0} for _ in differences]},
+    }
+    return reproduce.judge(Claim("a ends lower", "a", "b", **options), rows)["verdict"]
+
+
+@pytest.mark.parametrize(
+    "differences, lower, as_good",
+    [
+        ([-0.10, -0.11, -0.09], "confirmed", "confirmed"),
+        ([-0.10, +0.10, -0.05], "undecided", "undecided"),
+        ([-0.001, -0.002, 0.0], "refuted", "confirmed"),  # level: no gain worth the name, and no loss
+        ([+0.10, +0.11, +0.09], "refuted", "refuted"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_margin(differences, lower, as_good):
+    assert verdict(differences) == lower
+    assert verdict(differences, as_good=True) == as_good
+
+
+def test_the_interval_is_student_s():
+    rows = {name: {"runs": [{"validation_loss": loss} for loss in losses]}
+            for name, losses in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 0.0, 0.0]))}  # fmt: skip
+    # mean 2, standard error 1 / sqrt(3), t(2 degrees of freedom) = 4.303
+    assert reproduce.judge(Claim("", "a", "b"), rows)["interval"] == [-0.4843, 4.4843]
+
+
+def test_measured_memory_is_what_budget_predicts_and_more_layers_cost_more():
+    table = reproduce.load_table(ROOT / "configuration" / "reproduce" / "memory.yaml")
+    scale = reproduce.load_scale(ReproduceArguments(table=""))
+    names = ["paper's CoE-2(8/64)", "paper's MoE(8/64), 2x layers"]
+    rows = {name: reproduce.measure_memory(reproduce.build_contestant(table.rows[name], scale)) for name in names}
+    for row in rows.values():
+        assert row["peak_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.05)
+    claim = MemoryClaim("less", *names, published=0.42)
+    assert reproduce.judge_memory(claim, rows)["verdict"] == "confirmed"
+    assert reproduce.judge_memory(reproduce.replace(claim, published=0.6), rows)["verdict"] == "refuted"
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_committed_verdicts_follow_from_the_committed_runs(path):
+    """And the runs are those of the table as it stands."""
+    table = reproduce.load_table(path)
+    for file in RESULTS.glob(f"{path.stem}_*.json"):
+        result = json.loads(file.read_text())
+        size = file.stem.removesuffix("_memory").rpartition("_")[2]
+        scale = reproduce.load_scale(ReproduceArguments(table="", scale=size))
+        assert {name: row["config"] for name, row in result["rows"].items()} == {
+            name: reproduce.build_contestant(row, scale).preset for name, row in table.rows.items()
+        }
+        judge, claims = (
+            (reproduce.judge_memory, table.memory_claims)
+            if file.stem.endswith("memory")
+            else (reproduce.judge, table.claims)
+        )
+        assert result["claims"] == [judge(claim, result["rows"]) for claim in claims]
