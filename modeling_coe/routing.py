@@ -11,28 +11,35 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which experts fire in which iteration.
+"""Which experts fire in which iteration, and what each iteration changes.
 
     routing = record_routing(model, **tokenizer(texts, return_tensors="pt", padding=True))
-    print(routing.entropy)
-    plot_routing(routing).savefig("routing.png")
+    print(routing.entropy, routing.change)
+    plot_transitions(routing).savefig("transitions.png")
 
 Shape letters: L layers, C iterations, N experts, K experts per iteration, T tokens that are not padding.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .modeling_coe import CoESparseMoeBlock, CoETopKRouter
+
 
 @dataclass(frozen=True)
 class Routing:
-    """The choices of every router: `experts[l, t, i]` are the K experts of token i in iteration t of layer l."""
+    """The choices of every router: `experts[l, t, i]` are the K experts of token i in iteration t of layer l.
+
+    `change[l, t]` is `|x_t - x_{t-1}| / |x_{t-1}|`, averaged over the tokens.
+    """
 
     experts: torch.Tensor  # [L, C, T, K]
     num_experts: int
+    change: torch.Tensor  # [L, C]
 
     @property
     def chosen(self) -> torch.Tensor:
@@ -63,21 +70,72 @@ class Routing:
         """`[L, C - 1]`: the share of an iteration's visits that go to an expert of the iteration before."""
         return (self.chosen[:, :-1] * self.chosen[:, 1:]).sum(dim=-1).mean(dim=-1) / self.experts.shape[-1]
 
+    def visits_by_kind(self, kinds: torch.Tensor) -> torch.Tensor:
+        """`[L, C, G, N]`: the share of all visits by kind and expert; `kinds` `[T]` numbers the kind of each token.
+
+        Raises:
+            ValueError: not one kind for each token.
+        """
+        if kinds.shape != (tokens := self.experts.shape[2:3]):
+            raise ValueError(
+                f"`kinds` of shape {tuple(kinds.shape)} must give one kind for each of {tokens[0]} tokens."
+            )
+        return F.one_hot(kinds).float().T @ self.chosen / self.experts[0, 0].numel()
+
+    def specialisation(self, kinds: torch.Tensor) -> torch.Tensor:
+        """`[L, C]`: mutual information of a visit's kind of token and expert over the entropy of the kinds.
+
+        0 where every kind visits the experts alike, 1 where the expert tells the kind.
+        """
+        joint = self.visits_by_kind(kinds)
+
+        def entropy(shares: torch.Tensor) -> torch.Tensor:
+            return torch.special.entr(shares).sum(dim=-1)
+
+        by_kind, by_expert = entropy(joint.sum(dim=-1)), entropy(joint.sum(dim=-2))
+        return (by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind
+
 
 @torch.no_grad()
 def record_routing(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
 ) -> Routing:
-    """The routing of `input_ids` `[B, S]` by a CoE model in evaluation mode; padding is left out."""
+    """The routing of `input_ids` `[B, S]` by a CoE model in evaluation mode; padding is left out.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
     if model.training:
         raise ValueError("The model is in training mode, where routers may be jittered; call `model.eval()` first.")
     config = model.config
-    logits = model(input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs).router_logits
-    experts = torch.stack([layer.topk(config.num_experts_per_tok, dim=-1).indices for layer in logits])
-    if attention_mask is not None:
-        experts = experts[:, attention_mask.flatten().bool()]
-    experts = experts.unflatten(0, (config.num_hidden_layers, config.num_iterations))
-    return Routing(experts.cpu(), config.num_local_experts)
+    blocks = [module for module in model.modules() if isinstance(module, CoESparseMoeBlock)]
+    states, hooks = [[] for _ in blocks], []
+    for block, chain in zip(blocks, states, strict=True):
+        hooks += [block.gate.register_forward_pre_hook(partial(_keep_input, chain))]
+        hooks += [block.register_forward_hook(partial(_keep_last, chain))]
+    try:
+        output = model(input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    keep = keep.flatten().bool()
+    experts = torch.stack([layer.topk(config.num_experts_per_tok, dim=-1).indices for layer in output.router_logits])
+    experts = experts[:, keep].unflatten(0, (config.num_hidden_layers, config.num_iterations))
+    chains = torch.stack([torch.stack(chain) for chain in states])[:, :, keep].float()
+    change = (chains.diff(dim=1).norm(dim=-1) / chains[:, :-1].norm(dim=-1)).mean(dim=-1)
+    return Routing(experts.cpu(), config.num_local_experts, change.cpu())
+
+
+def _keep_input(chain: list[torch.Tensor], gate: CoETopKRouter, inputs: tuple):
+    """x_{t-1}, which router t sees."""
+    chain.append(inputs[0])
+
+
+def _keep_last(chain: list[torch.Tensor], block: CoESparseMoeBlock, inputs: tuple, output: torch.Tensor):
+    """x_C, from what the block returns."""
+    output = output.flatten(0, 1)
+    chain.append(chain[0] + output if block.inner_residual else output)
 
 
 def plot_routing(routing: Routing):
@@ -94,4 +152,27 @@ def plot_routing(routing: Routing):
         axis.set(title=f"iteration {iteration + 1}: entropy {entropy:.2f}", xlabel="expert", yticks=range(L))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="load, 1 = even")
+    return figure
+
+
+def plot_transitions(routing: Routing):
+    """A matplotlib figure: where the tokens of an expert go next, a panel for each layer and each pair of iterations.
+
+    Shown is the share of an expert's tokens over what an even choice, K / N, would give.
+    """
+    from matplotlib.figure import Figure  # an optional dependency: `pip install modeling-coe[train]`
+
+    L, pairs, N = routing.transitions.shape[:3]
+    if pairs == 0:
+        raise ValueError("One iteration has no transitions; take a model with `num_iterations` of at least 2.")
+    relative = (routing.transitions * N / routing.experts.shape[-1]).numpy()
+    figure = Figure(figsize=(0.8 + 2.6 * L, 0.4 + 2.6 * pairs), layout="constrained")
+    axes = figure.subplots(pairs, L, squeeze=False)
+    for pair, row in enumerate(axes):
+        for layer, axis in enumerate(row):
+            image = axis.imshow(relative[layer, pair], cmap="Blues", vmin=0, vmax=max(4, N / 8))
+            again = f"{routing.revisits[layer, pair]:.0%} chosen again"
+            axis.set_title(f"layer {layer}, {again}", fontsize=9)
+            axis.set(xlabel=f"expert in iteration {pair + 2}", ylabel=f"expert in iteration {pair + 1}")
+    figure.colorbar(image, ax=axes, label="visits, 1 = even", extend="max")
     return figure

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build, tokens
 
-from modeling_coe.routing import Routing, plot_routing, record_routing
+from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
 
 
 def watched_choices(model, input_ids):
@@ -63,10 +63,59 @@ def test_summaries_equal_counting_by_hand():
 
 
 def test_entropy_is_one_for_an_even_load_and_zero_for_one_expert():
-    even = Routing(torch.arange(6).reshape(1, 1, 3, 2), num_experts=6)
+    even = Routing(torch.arange(6).reshape(1, 1, 3, 2), 6, torch.zeros(1, 1))
     assert even.entropy.item() == pytest.approx(1)
-    one = Routing(torch.zeros(1, 1, 5, 1, dtype=torch.long), num_experts=6)
+    one = Routing(torch.zeros(1, 1, 5, 1, dtype=torch.long), 6, torch.zeros(1, 1))
     assert one.entropy.item() == 0
+
+
+@pytest.mark.parametrize("residual", ["nested", "inner", "outer"])
+def test_change_is_how_far_an_iteration_moves_its_input(residual):
+    model = build(residual=residual)
+    block = model.model.layers[0].mlp
+    seen = []
+    hook = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    change = record_routing(model, tokens(2, 9)).change
+    hook.remove()
+    assert change.shape == (2, 3)
+    state = seen[0]
+    for iteration in range(3):
+        update = block.iterate(state, iteration)
+        after = update if residual == "outer" else state + update
+        expected = ((after - state).norm(dim=-1) / state.norm(dim=-1)).mean()
+        assert change[0, iteration].item() == pytest.approx(expected.item(), rel=1e-4)
+        state = after
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = build()
+    before = model(tokens(2, 9)).logits
+    record_routing(model, tokens(2, 9))
+    assert not any(layer.mlp._forward_hooks or layer.mlp.gate._forward_pre_hooks for layer in model.model.layers)
+    assert torch.equal(model(tokens(2, 9)).logits, before)
+
+
+def test_specialisation_is_one_where_the_expert_tells_the_kind_and_zero_where_all_kinds_visit_alike():
+    kinds = torch.tensor([0, 0, 1, 1])
+    by_kind = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    alike = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])
+    routing = Routing(torch.stack([by_kind, alike])[None], 4, torch.zeros(1, 2))
+    assert routing.specialisation(kinds)[0].tolist() == pytest.approx([1, 0], abs=1e-6)
+    assert routing.visits_by_kind(kinds)[0, 0].tolist() == [[0.25, 0.25, 0, 0], [0, 0, 0.25, 0.25]]
+    with pytest.raises(ValueError, match="one kind for each of 4 tokens"):
+        routing.specialisation(kinds[:3])
+
+
+def test_transitions_are_drawn_for_every_layer_and_pair_of_iterations(tmp_path):
+    routing = record_routing(build(), tokens(2, 9))
+    figure = plot_transitions(routing)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == 2 * 2
+    shown = torch.tensor(panels[1].images[0].get_array())
+    assert torch.allclose(shown, routing.transitions[1, 0] * 7 / 2)
+    figure.savefig(tmp_path / "transitions.png")
+    with pytest.raises(ValueError, match="num_iterations"):
+        plot_transitions(record_routing(build(num_iterations=1), tokens(2, 9)))
 
 
 def test_figure_has_a_panel_for_each_iteration(tmp_path):
