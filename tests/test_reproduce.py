@@ -3,6 +3,7 @@
 """A table compares like with like, runs nothing twice, and its verdicts follow from its losses."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import reproduce
+import verdicts
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from reproduce import Claim, MemoryClaim, ReproduceArguments
 
@@ -198,3 +200,15 @@ def test_committed_verdicts_follow_from_the_committed_runs(path):
             else (reproduce.judge, table.claims)
         )
         assert result["claims"] == [judge(claim, result["rows"]) for claim in claims]
+
+
+def test_the_page_of_verdicts_is_what_the_results_render_to():
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == verdicts.render()
+
+
+def test_the_numbers_of_combinations_in_the_press_follow_from_no_power_of_the_binomials():
+    """2.2e42 and 3.8e104 are said of one layer; the 823 of the paper is 91.2 by its formula."""
+    assert round(math.comb(64, 4) ** 2 / math.comb(64, 8), 1) == 91.2 and "91.2 times" in verdicts.render()
+    for choices in (math.comb(64, 4), math.comb(64, 8)):
+        for power in range(1, 40):
+            assert min(abs(math.log10(choices**power) - math.log10(claimed)) for claimed in (2.2e42, 3.8e104)) > 0.05

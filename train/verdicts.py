@@ -1,0 +1,70 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Every claim and what became of it, from the committed results of train/reproduce.py:
+
+python train/verdicts.py     # writes model_cards/results/README.md
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from modeling_coe import CoEConfig
+from modeling_coe.budget import count_expert_combinations, equal_compute_moe
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "model_cards" / "results"
+TABLES = ROOT / "configuration" / "reproduce"
+
+
+def main():
+    (RESULTS / "README.md").write_text(render(), encoding="utf-8")
+
+
+def render() -> str:
+    """The page, from the JSON files in model_cards/results and its template there."""
+    questions = {
+        path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["question"] for path in TABLES.glob("*.yaml")
+    }
+    results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    memory, losses, others = {}, {}, {}
+    for name, result in results.items():
+        judged = "claims" in result
+        (memory if name.endswith("_memory.json") else losses if judged else others)[name] = result
+    chain = CoEConfig(num_iterations=2, num_experts_per_tok=4, num_local_experts=64)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((RESULTS / "template.md").read_text(encoding="utf-8"))
+    claims = [claim for result in losses.values() for claim in result["claims"]]
+    rates = {rate for result in losses.values() for rate in result["scale"]["learning_rates"]}
+    return template.render(
+        rates=", ".join(f"{rate:g}" for rate in sorted(rates)),
+        margin=min((claim["margin"] for claim in claims), default=0.02),
+        claims=claims,
+        memory_claims=[claim for result in memory.values() for claim in result["claims"]],
+        combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
+        tables=[describe(name, result) for name, result in losses.items()],
+        memory_tables=[{"file": name, **result} for name, result in memory.items()],
+        missing=[
+            (table, question)
+            for table, question in sorted(questions.items())
+            if not any(name.startswith(f"{table}_") and name not in memory for name in results)
+        ],
+        others=[(name, result.get("question")) for name, result in others.items()],
+    )
+
+
+def describe(name: str, result: dict) -> dict:
+    """A result with the mean share of problems that each row's seeds solve."""
+    rows = {
+        row: content | {"solved": statistics.mean(run["share_solved"] or 0 for run in content["runs"])}
+        for row, content in result["rows"].items()
+    }
+    return result | {"file": name, "picture": f"{Path(name).stem}.png", "rows": rows}
+
+
+if __name__ == "__main__":
+    main()
