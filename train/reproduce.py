@@ -272,7 +272,8 @@ def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
             "report_to": "none",
         }  # fmt: skip
         command = [sys.executable, str(Path(__file__).with_name("pretrain.py"))]
-        command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        for key, value in options.items():
+            command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
         with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if status:
