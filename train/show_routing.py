@@ -1,0 +1,88 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What do the iterations of a checkpoint do? Which experts fire, who follows whom, how much the state changes:
+
+    python train/show_routing.py --model runs/smoke --dataset word_problems --output_dir runs/smoke/routing
+
+Reads held-out documents and writes routing.json, load.png and, for more than one iteration, transitions.png.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from arguments import DataArguments, ModelArguments, parse
+from checkpoints import prepare_output, write_json
+from data import load_documents, load_tokenizer
+from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
+from report import environment
+
+
+KINDS = ("digits", "words", "signs")
+
+
+@dataclass
+class RoutingArguments:
+    """How much to read, and where to write."""
+
+    output_dir: str = field(default="runs/routing", metadata={"help": "Takes routing.json and the pictures."})
+    documents: int = field(default=64, metadata={"help": "Held-out documents to read."})
+    seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's is 42."})
+
+
+def kind_of(token: str) -> int:
+    """The index in `KINDS` of a token's text."""
+    text = token.strip()
+    return 0 if text.isdigit() else 1 if text.isalpha() else 2
+
+
+def kinds_of(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    return torch.tensor([kind_of(tokenizer.decode(token)) for token in input_ids])
+
+
+def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
+    """Every number by layer and iteration, `[L][C]`; `revisits` by layer and pair of iterations."""
+    values = {
+        "entropy_of_load": routing.entropy,
+        "busiest_expert_over_mean": routing.load.amax(dim=-1) * routing.num_experts,
+        "revisits": routing.revisits,
+        "specialisation_by_kind_of_token": routing.specialisation(kinds),
+        "change_of_state": routing.change,
+    }
+    rounded = {name: [[round(value, 4) for value in row] for row in rows.tolist()] for name, rows in values.items()}
+    shares = kinds.bincount(minlength=len(KINDS)) / len(kinds)
+    return {
+        "tokens": len(kinds),
+        "kinds": {name: round(share, 4) for name, share in zip(KINDS, shares.tolist(), strict=True)},
+        "revisits_if_choices_were_independent": round(routing.experts.shape[-1] / routing.num_experts, 4),
+        **rounded,
+    }
+
+
+def main(arguments: list[str] | None = None):
+    model_arguments, data, options = parse(ModelArguments, DataArguments, RoutingArguments, arguments=arguments)
+    output = Path(options.output_dir)
+    prepare_output(output)
+    model = AutoModelForCausalLM.from_pretrained(model_arguments.model, **model_arguments.load_options()).eval()
+    documents = load_documents(data, options.seed)["validation"]
+    documents = documents.select(range(min(options.documents, len(documents))))
+    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
+    texts = ["".join(row.values()) for row in documents]
+    length = min(data.sequence_length, model.config.max_position_embeddings)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+    routing = record_routing(model, inputs.input_ids, inputs.attention_mask)
+    kinds = kinds_of(inputs.input_ids[inputs.attention_mask.bool()], tokenizer)
+    facts = {"config": model.config.to_diff_dict(), "documents": len(documents), **summarise(routing, kinds)}
+    write_json(output / "routing.json", facts | environment(model.device))
+    plot_routing(routing).savefig(output / "load.png", dpi=130)
+    if model.config.num_iterations > 1:
+        plot_transitions(routing).savefig(output / "transitions.png", dpi=130)
+    print(json.dumps(summarise(routing, kinds), indent=2))
+
+
+if __name__ == "__main__":
+    main()
