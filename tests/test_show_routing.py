@@ -5,10 +5,10 @@
 import json
 
 import pytest
-import show_routing
 import torch
 from conftest import build, tokens, whitespace_tokenizer
 
+import show_routing
 from modeling_coe.routing import record_routing
 
 
