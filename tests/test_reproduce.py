@@ -179,8 +179,19 @@ def test_measured_memory_is_what_budget_predicts_and_more_layers_cost_more():
     for row in rows.values():
         assert row["peak_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.05)
     claim = MemoryClaim("less", *names, published=0.42)
-    assert reproduce.judge_memory(claim, rows)["verdict"] == "confirmed"
+    measured = reproduce.judge_memory(claim, rows)
+    assert measured["verdict"] == "confirmed" and measured["basis_of_peak"] == "measured"
     assert reproduce.judge_memory(reproduce.replace(claim, published=0.6), rows)["verdict"] == "refuted"
+    # The parameters save more than the peak, half of which is activations at this size.
+    by_parameters = reproduce.replace(claim, published=0.48, of="parameters")
+    assert reproduce.judge_memory(by_parameters, rows)["verdict"] == "confirmed"
+
+
+def test_what_is_too_large_is_predicted_and_called_so():
+    rows = {"a": {"peak_bytes": None, "predicted_bytes": 5, "parameters": 5},
+            "b": {"peak_bytes": 9, "predicted_bytes": 10, "parameters": 10}}  # fmt: skip
+    claim = reproduce.judge_memory(MemoryClaim("less", "a", "b", published=0.5), rows)
+    assert claim["basis_of_peak"] == "predicted" and claim["saving"] == {"peak": 0.5, "parameters": 0.5}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

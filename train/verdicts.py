@@ -44,10 +44,12 @@ def render() -> str:
         rates=", ".join(f"{rate:g}" for rate in sorted(rates)),
         margin=min((claim["margin"] for claim in claims), default=0.02),
         claims=claims,
-        memory_claims=[claim for result in memory.values() for claim in result["claims"]],
+        memory_claims=[
+            claim | {"scale": scale_of(name)} for name, result in memory.items() for claim in result["claims"]
+        ],
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
-        memory_tables=[{"file": name, **result} for name, result in memory.items()],
+        memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
         missing=[
             (table, question)
             for table, question in sorted(questions.items())
@@ -55,6 +57,11 @@ def render() -> str:
         ],
         others=[(name, result.get("question")) for name, result in others.items()],
     )
+
+
+def scale_of(name: str) -> str:
+    """`memory_cpu_memory.json` -> the scale `cpu`."""
+    return f"scale `{name.removesuffix('_memory.json').rpartition('_')[2]}`"
 
 
 def describe(name: str, result: dict) -> dict:
