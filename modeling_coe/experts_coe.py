@@ -46,8 +46,8 @@ def coe_experts_forward(
     What the autograd function cannot express runs through the host's `grouped_mm`, with a warning: biases, transposed
     or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded weights, devices
     other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler decides what
-    backward recomputes. Decoding, at most N rows without gradients, takes the host's choice: `batched_mm` on
-    accelerators, `grouped_mm` on CPU, where very few rows are single matrix-vector products.
+    backward recomputes. Decoding, at most N rows without gradients, is the host's `batched_mm` on accelerators and
+    one matrix-vector product per row on CPU.
 
     Args:
         self (`nn.Module`): a module decorated by `use_experts_implementation`.
@@ -68,7 +68,7 @@ def coe_experts_forward(
         host = "grouped_mm"
     elif decodes:
         same_dtype = hidden_states.dtype == self.down_proj.dtype and not torch.is_autocast_enabled("cpu")
-        if on_cpu and same_dtype and 4 * rows <= self.num_experts:
+        if on_cpu and same_dtype:
             return _row_by_row(self, hidden_states, top_k_index, top_k_weights)
         host = "grouped_mm" if on_cpu else "batched_mm"
     if host is not None:
@@ -99,7 +99,7 @@ def one_weight_gradient(experts: nn.Module):
 
     The weights go through the calls, each giving them on to the next; so backward hands the sum from call to call.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
     _CHAINS[experts] = ()
@@ -130,15 +130,23 @@ def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
 def _row_by_row(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Matrix-vector products for a token or two on CPU, where a grouped product spends its time on empty groups."""
-    output = torch.zeros_like(hidden_states)
-    for token, chosen in enumerate(top_k_index.tolist()):
-        for k, expert in enumerate(chosen):
-            if expert < experts.num_experts:
-                gate, up = torch.mv(experts.gate_up_proj[expert], hidden_states[token]).chunk(2)
-                activation = F.silu(gate).mul_(up).mul_(top_k_weights[token, k])
-                output[token].addmv_(experts.down_proj[expert], activation)
-    return output
+    """One matrix-vector product per row on CPU, an expert's rows in succession: the second finds its weights in cache.
+
+    A grouped product pays for the experts without rows too, and in half precision it runs at a fraction of the memory
+    bandwidth. Measured, it catches up at N rows, in fp32 and bf16, for 8 and 64 experts, small and large.
+    """
+    rows = [(expert, row) for row, expert in enumerate(top_k_index.flatten().tolist()) if expert < experts.num_experts]
+    rows.sort()
+    gate_up_proj, down_proj, top_k = experts.gate_up_proj, experts.down_proj, top_k_index.shape[-1]
+    gate_up = hidden_states.new_empty(top_k_index.numel(), gate_up_proj.shape[1])
+    for expert, row in rows:
+        torch.mv(gate_up_proj[expert], hidden_states[row // top_k], out=gate_up[row])
+    gate, up = gate_up.chunk(2, dim=-1)
+    activation = F.silu(gate).mul_(up).mul_(top_k_weights.reshape(-1, 1))
+    output = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
+    for expert, row in rows:
+        torch.mv(down_proj[expert], activation[row], out=output[row])
+    return output.view(*top_k_index.shape, hidden_states.shape[-1]).sum(dim=1)
 
 
 class _Experts(torch.autograd.Function):

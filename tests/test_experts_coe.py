@@ -75,26 +75,80 @@ def test_output_and_gradients_equal_the_eager_experts(routing):
     assert relative_error(gradients(coe, *inputs(index)), gradients(eager, *inputs(index))) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, 9, 40])
-def test_inference_equals_the_eager_experts_at_every_number_of_tokens(num_tokens, dtype, monkeypatch):
-    """Among them the row-by-row products of decoding, the host's products, and an index of another rank's expert."""
-    many = {"num_local_experts": 24, "num_experts_per_tok": 2}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+@pytest.fixture
+def row_by_row(monkeypatch):
+    """The numbers of tokens that went through matrix-vector products."""
     taken = []
-    row_by_row = experts_coe._row_by_row
-    monkeypatch.setattr(experts_coe, "_row_by_row", lambda *args: taken.append(1) or row_by_row(*args))
+    function = experts_coe._row_by_row
+    monkeypatch.setattr(experts_coe, "_row_by_row", lambda *args: taken.append(len(args[1])) or function(*args))
+    return taken
+
+
+def inference(index, dtype=torch.float32, **overrides):
+    """Output of the module and of its eager twin, without gradients; index N is another rank's expert."""
+    coe, eager = experts(dtype=dtype, **overrides), experts("eager", dtype, **overrides)
+    coe._is_expert_parallel = bool((index == coe.num_experts).any())
+    torch.manual_seed(1)
+    hidden_states = torch.randn(index.shape[0], coe.hidden_dim, dtype=dtype)
+    weights = torch.rand(index.shape, dtype=torch.promote_types(dtype, torch.float32))
+    weights = weights.masked_fill(index == coe.num_experts, 0)
+    with torch.no_grad():
+        return coe(hidden_states, index, weights), eager(hidden_states, index, weights)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 12, 13, 40])
+def test_inference_equals_the_eager_experts_at_every_number_of_tokens(num_tokens, dtype):
     torch.manual_seed(3)
     index = torch.rand(num_tokens, 25).topk(2).indices
     index[:1, 1] = 24
-    hidden_states, _, weights = inputs(index, dtype, router_dtype=torch.float32)
-    weights = weights.detach().masked_fill(index == 24, 0)
+    got, expected = inference(index, dtype, num_local_experts=24, num_experts_per_tok=2)
+    assert relative_error([got], [expected]) <= TOLERANCE[dtype] and got.dtype == dtype
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+def test_decoding_equals_the_eager_experts_for_every_routing(routing, row_by_row):
+    torch.manual_seed(3)
+    index = ROUTING[routing]()
+    sizes = {"num_local_experts": 120}  # at least as many as rows
+    got, expected = inference(torch.where(index == NUM_EXPERTS, 120, index), **sizes)
+    assert relative_error([got], [expected]) <= 1e-6
+    assert row_by_row == [index.shape[0]]
+
+
+def test_decoding_takes_sizes_of_no_whole_16_bytes(row_by_row):
+    got, expected = inference(torch.tensor([[4, 0, 2]]), intermediate_size=7)
+    assert relative_error([got], [expected]) <= 1e-6
+    assert row_by_row == [1]
+
+
+def test_up_to_as_many_rows_as_experts_are_matrix_vector_products(row_by_row):
+    for num_tokens in (12, 13):
+        inference(torch.zeros(num_tokens, 2, dtype=torch.long), num_local_experts=24)
+    assert row_by_row == [12]
+
+
+def test_with_gradients_no_row_is_computed_alone(row_by_row):
+    experts()(*inputs(torch.tensor([[4, 0, 2]])))
+    assert row_by_row == []
+
+
+def test_decoding_under_autocast_equals_the_eager_experts(row_by_row):
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = inference(torch.tensor([[4, 0, 2]]))
+    assert relative_error([got], [expected]) <= 2e-2 and got.dtype == expected.dtype
+    assert row_by_row == []
+
+
+def test_decoding_reads_the_chosen_experts_only():
+    module = experts()
     with torch.no_grad():
-        coe, eager = experts(dtype=dtype, **many), experts("eager", dtype, **many)
-        coe._is_expert_parallel = True
-        got, expected = coe(hidden_states, index, weights), eager(hidden_states, index, weights)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    assert relative_error([got], [expected]) <= tolerance and got.dtype == dtype
-    assert bool(taken) == (num_tokens <= 3)
+        for weight in module.parameters():
+            weight[1::2] = float("nan")
+        assert module(torch.randn(1, HIDDEN), torch.tensor([[4, 0, 2]]), torch.rand(1, TOP_K)).isfinite().all()
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
