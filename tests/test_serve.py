@@ -54,12 +54,12 @@ def is_up(url: str) -> bool:
         return False
 
 
-def status_of(url: str, content: bytes) -> int:
-    """The status of a request that is refused."""
+def refusal_of(url: str, content: bytes) -> urllib.error.HTTPError:
+    """The answer to a request that is refused."""
     request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request, timeout=60)
-    return refusal.value.code
+    return refusal.value
 
 
 def serve(checkpoint: Path, *options: str):
@@ -123,21 +123,60 @@ def test_server_gives_the_models_own_answer_whole_and_streamed(client, checkpoin
     assert sum(bool(chunk) for chunk in chunks) > 1  # it came in pieces
 
 
+BAD_VALUES = [
+    {"messages": None},
+    {"messages": []},
+    {"messages": "w5 w6"},
+    {"messages": ["w5 w6"]},
+    {"messages": [{"content": "w5 w6"}]},
+    {"messages": [{"role": "user", "content": 5}]},
+    {"max_tokens": -1},
+    {"max_tokens": "many"},
+    {"max_completion_tokens": 0},
+    {"temperature": -1},
+    {"top_p": 7},
+    {"frequency_penalty": -3},
+    {"seed": "w5"},
+    {"stop": 5},
+    {"stream": True, "stop": 5},
+    {"logit_bias": {"w5": 1}},
+    {"generation_config": "{"},
+    {"chat_template_kwargs": 5},
+    {"tools": "w5"},
+    {"no_such_field": 1},
+]
+
+
+def test_wrong_values_are_refused_by_name_and_the_server_lives_on(client, checkpoint):
+    url = f"{client.base_url}chat/completions"
+    good = {"model": str(checkpoint), "messages": [{"role": "user", "content": "w5 w6"}]}
+    for bad in BAD_VALUES:
+        refusal = refusal_of(url, json.dumps(good | bad).encode())
+        assert refusal.code == 422 and list(bad)[-1] in refusal.read().decode(), bad
+    assert refusal_of(url, json.dumps({"model": str(checkpoint)}).encode()).code == 422
+    assert answer(client, checkpoint, QUESTIONS[1])
+
+
 def test_bad_requests_are_refused_and_the_server_lives_on(client, checkpoint):
-    url = str(client.base_url)
-    model = {"model": str(checkpoint)}
     for call, content in [
         ("chat/completions", b"{"),
-        ("chat/completions", json.dumps(model | {"messages": [], "no_such_field": 1}).encode()),
+        ("chat/completions", b"[1, 2]"),
+        ("completions", b'{"prompt": 5}'),
+        ("completions", b'{"prompt": "w5", "max_tokens": -1}'),
+        ("responses", b"{}"),
+        ("responses", b'{"input": []}'),
         ("no-such-call", b"{}"),
     ]:
-        assert 400 <= status_of(url + call, content) < 500, (call, content)
-    # transformers 5.23 answers 500 where the messages are missing; what matters here is that it goes on.
-    assert status_of(f"{url}chat/completions", json.dumps(model).encode()) >= 400
-    with pytest.raises(openai.APIStatusError) as refusal:
-        ask(client, Path("no-such/model"), QUESTIONS[0])
-    assert 400 <= refusal.value.status_code < 500
+        assert 400 <= refusal_of(str(client.base_url) + call, content).code < 500, (call, content)
     assert answer(client, checkpoint, QUESTIONS[1])
+
+
+def test_openai_client_sees_a_refusal_as_one(client, checkpoint):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, Path("no-such/model"), QUESTIONS[0])
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        ask(client, checkpoint, QUESTIONS[0], temperature=-1)
+    assert refusal.value.response.json()["detail"][0]["loc"] == ["temperature"]
 
 
 @pytest.mark.slow
