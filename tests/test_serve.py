@@ -221,6 +221,9 @@ def test_what_vllm_and_sglang_read_of_a_checkpoint_is_there(checkpoint):
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (7, 2)
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_coe.CoEModel"
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"position_ids": torch.arange(3)[None], "use_cache": False, "return_dict": False}
+    assert torch.equal(model.model(input_ids=ids, **options)[0], model.model(ids).last_hidden_state)
     block, calls = model.model.layers[0].mlp, []
     assert {name: parameter.dim() for name, parameter in block.experts.named_parameters()} == {
         "gate_up_proj": 3,
@@ -230,5 +233,5 @@ def test_what_vllm_and_sglang_read_of_a_checkpoint_is_there(checkpoint):
     block.experts.register_forward_pre_hook(
         lambda module, inputs, keywords: calls.append((len(inputs), keywords)), with_kwargs=True
     )
-    model(torch.tensor([[5, 6, 7]]))
+    model(ids)
     assert calls == [(3, {})] * model.config.num_iterations  # x, index, weights; by position
