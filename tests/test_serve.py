@@ -3,6 +3,7 @@
 """The server, asked by the real `openai` client: answers, streams, crowds and bad requests; and the pipelines."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -121,6 +122,15 @@ def test_server_gives_the_models_own_answer_whole_and_streamed(client, checkpoin
     ]
     assert "".join(chunks).split() == whole.split()
     assert sum(bool(chunk) for chunk in chunks) > 1  # it came in pieces
+
+
+def test_transformers_chat_talks_to_the_server(client, checkpoint):
+    command = [Path(sys.executable).with_name("transformers"), "chat", checkpoint, str(client.base_url).rstrip("/")]
+    chat = subprocess.run(
+        [*command, "do_sample=False", f"max_new_tokens={NEW_TOKENS}"], input=f"{QUESTIONS[0]}\n!exit\n",
+        env={**os.environ, "HF_HUB_OFFLINE": "0"}, cwd=checkpoint.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert expected(checkpoint, QUESTIONS[0]) in " ".join(chat.stdout.split()), chat.stderr[-3000:]
 
 
 BAD_VALUES = [
