@@ -238,6 +238,13 @@ def test_run_that_recorded_a_token_is_refused(tmp_path):
     assert not (run / "hub").exists()
 
 
+def test_token_in_use_is_refused_whatever_it_looks_like(tmp_path, monkeypatch):
+    run = write_run(tmp_path, commit="issued-by-an-enterprise-hub")
+    monkeypatch.setenv("HF_TOKEN", "issued-by-an-enterprise-hub")
+    with pytest.raises(ValueError, match="looks like a token"):
+        publish.main([str(run), "--repo", REPO])
+
+
 def test_adapter_is_refused(tmp_path):
     run = write_run(tmp_path)
     (run / "adapter_config.json").write_text("{}")
