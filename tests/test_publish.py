@@ -56,7 +56,7 @@ def write_run(folder: Path, iteration_scale: bool = False, **facts) -> Path:
         **facts,
     }
     (folder / "facts.json").write_text(json.dumps(run))
-    (folder / "run.json").write_text(json.dumps({"training": {"learning_rate": 0.003, "seed": 3}}))
+    (folder / "run.json").write_text(json.dumps({"data": "digest", "training": {"learning_rate": 0.003, "seed": 3}}))
     (folder / "samples.json").write_text(json.dumps(samples))
     (folder / "loss_curve.jsonl").write_text('{"loss": 4.5}\n')
     shutil.copy(ROOT / "model_cards" / "chain.png", folder / "loss_curve.png")

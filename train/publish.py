@@ -66,11 +66,14 @@ def is_from_scratch(run: dict) -> bool:
     return Path(run["model"]).suffix == ".json"
 
 
-def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, tokenizer, samples: list[dict]) -> dict:
+def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, tokenizer, samples: list[dict]) -> dict:
     """Everything that the card says, as JSON, with Hub ids in place of the folders of this machine."""
     check_known(options, run, samples)
     data = options.dataset_id or run["dataset"]
-    evaluation = [("loss", "held-out loss, nats per token", run["validation_loss"], None)]
+    # Fine-tuning on questions and answers scores the answers alone, and its record holds the first pair.
+    is_pair = isinstance(record["data"], dict) and "prompt" in record["data"]["first"]
+    loss = "held-out loss of the answers, nats per token" if is_pair else "held-out loss, nats per token"
+    evaluation = [("loss", loss, run["validation_loss"], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
     names = ("metric", "name", "value", "count")
@@ -85,7 +88,7 @@ def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, to
         "base": None if is_from_scratch(run) else base_facts(options, run, model),
         "data": {"name": data, "hub_id": options.dataset_id, "license": options.dataset_license or "apache-2.0"},
         "model": model_facts(model.config),
-        "recipe": recipe,
+        "recipe": record["training"],
         "run": known | {"model": run["model"] if is_from_scratch(run) else options.base_model, "dataset": data},
         "energy": energy_facts(run["train_seconds"], watts),
         "evaluation": [
@@ -162,11 +165,11 @@ def write_repository(options: argparse.Namespace, folder: Path):
     if (options.run / "adapter_config.json").exists():
         raise ValueError(f"{options.run} holds a LoRA adapter; merge it into its model and publish that.")
     run = json.loads((options.run / "facts.json").read_text())
-    recipe = json.loads((options.run / "run.json").read_text())["training"]
+    record = json.loads((options.run / "run.json").read_text())
     samples = json.loads((options.run / "samples.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(options.run).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run)
-    facts = gather_facts(options, run, recipe, model, tokenizer, samples)
+    facts = gather_facts(options, run, record, model, tokenizer, samples)
     card = render_card(facts, TEMPLATE)
 
     model.save_pretrained(folder, max_shard_size=options.max_shard_size)
