@@ -59,6 +59,18 @@ if is_peft_available():
     # `LoraConfig()` without targets adapts what it adapts in Mixtral.
     LORA_TARGETS["coe"] = LORA_TARGETS["mixtral"]
 
+
+def register_with_vllm():
+    """vLLM's plugin, named in pyproject.toml: CoE runs on vLLM's transformers backend, without remote code.
+
+    vLLM 0.33 leaves the block as it is and replaces the experts alone, which it calls once per iteration.
+    """
+    from vllm import ModelRegistry
+
+    backend = "vllm.model_executor.models.transformers:TransformersMoEForCausalLM"
+    ModelRegistry.register_model("CoEForCausalLM", backend)
+
+
 __all__ = [
     "CoEConfig",
     "CoEForCausalLM",
@@ -70,5 +82,6 @@ __all__ = [
     "count_adapted",
     "downcycle",
     "lora_config",
+    "register_with_vllm",
     "upcycle",
 ]

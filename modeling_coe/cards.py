@@ -110,7 +110,7 @@ def _metadata(facts: dict) -> dict:
         "pipeline_tag": facts["task"],
         "language": facts["language"],
         "tags": ["coe", "chain-of-experts", "mixture-of-experts", "arxiv:2506.18945"],
-        "base_model": facts["base_model"],
+        "base_model": facts["base"] and facts["base"]["hub_id"],
         "datasets": None if hub_id is None else [hub_id],
         "eval_results": results,
         "model_name": facts["repo"].rpartition("/")[2],

@@ -150,6 +150,7 @@ def plot_routing(routing: Routing):
         image = axis.imshow(relative[:, iteration], aspect="auto", cmap="Blues", vmin=0, vmax=max(2, relative.max()))
         entropy = routing.entropy[:, iteration].mean()
         axis.set(title=f"iteration {iteration + 1}: entropy {entropy:.2f}", xlabel="expert", yticks=range(L))
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="load, 1 = even")
     return figure

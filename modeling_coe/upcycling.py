@@ -141,7 +141,7 @@ def upcycle(
     source = _Source(source)
     config = chain_config(source.config, num_iterations, experts_per_iteration, num_experts, layers)
     weights = _ChainWeights(source, config, layers, expert_noise, router_noise, seed)
-    changes = _changes_of_function(source.config, config, layers, expert_noise)
+    changes = changes_of_function(source.config, config, layers, expert_noise)
     if changes:
         logger.warning(f"upcycle: the result does not compute the source's function ({'; '.join(changes)}). Train it.")
     batches = source.token_batches(verify_text) if verify else []
@@ -322,8 +322,8 @@ def _folded_multipliers(source: PreTrainedConfig) -> dict[str, float]:
     }
 
 
-def _changes_of_function(
-    source: PreTrainedConfig, config: CoEConfig, layers: list[int] | None, expert_noise: float
+def changes_of_function(
+    source: PreTrainedConfig, config: CoEConfig, layers: list[int] | None = None, expert_noise: float = 0.0
 ) -> list[str]:
     """Why the chain's first forward is not the source's; empty where it is."""
     changes = []
@@ -642,4 +642,4 @@ def _whole_or_nothing(output: Path, source: _Source, overwrite: bool) -> Iterato
         raise
 
 
-__all__ = ["chain_config", "downcycle", "upcycle"]
+__all__ = ["chain_config", "changes_of_function", "downcycle", "upcycle"]

@@ -76,6 +76,12 @@ def test_results_stand_in_both_forms(facts):
     assert "1319 problems" in entry["notes"]
 
 
+def test_base_model_is_metadata_only_where_the_hub_has_it(facts):
+    for hub_id in (None, "user/base"):
+        facts["base"] = {"hub_id": hub_id, "training": None, "upcycling": None}
+        assert render_card(facts, TEMPLATE).data.base_model == hub_id
+
+
 def test_data_that_is_not_on_the_hub_has_no_benchmark_results(facts):
     facts["data"]["hub_id"] = None
     assert benchmark_results(facts) == []

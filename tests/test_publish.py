@@ -29,11 +29,11 @@ ROOT = Path(__file__).parents[1]
 REPO = "tester/coe-chain"
 
 
-def write_run(folder: Path, **facts) -> Path:
+def write_run(folder: Path, iteration_scale: bool = False, **facts) -> Path:
     """What train/pretrain.py leaves behind, of a model with random weights."""
     tokenizer = whitespace_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    build().save_pretrained(folder)
+    build(iteration_scale=iteration_scale).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     samples = [
         {"prompt": f"w{i} w8 w{i + 41}", "expected": " w40\n#### 5", "generated": "w3 #### 4", "solved": False}
@@ -41,9 +41,11 @@ def write_run(folder: Path, **facts) -> Path:
     ]
     run = {
         "model": "configuration/models/coe_tiny.json",
+        "base": None,
         "dataset": "word_problems",
         "steps": 17,
         "tokens": 2345,
+        "validation_loss_before": None,
         "validation_loss": 4.25,
         "share_solved": 0.2,
         "scored_problems": 5,
@@ -54,7 +56,7 @@ def write_run(folder: Path, **facts) -> Path:
         **facts,
     }
     (folder / "facts.json").write_text(json.dumps(run))
-    (folder / "run.json").write_text(json.dumps({"training": {"learning_rate": 0.003, "seed": 3}}))
+    (folder / "run.json").write_text(json.dumps({"data": "digest", "training": {"learning_rate": 0.003, "seed": 3}}))
     (folder / "samples.json").write_text(json.dumps(samples))
     (folder / "loss_curve.jsonl").write_text('{"loss": 4.5}\n')
     shutil.copy(ROOT / "model_cards" / "chain.png", folder / "loss_curve.png")
@@ -236,6 +238,13 @@ def test_run_that_recorded_a_token_is_refused(tmp_path):
     assert not (run / "hub").exists()
 
 
+def test_token_in_use_is_refused_whatever_it_looks_like(tmp_path, monkeypatch):
+    run = write_run(tmp_path, commit="issued-by-an-enterprise-hub")
+    monkeypatch.setenv("HF_TOKEN", "issued-by-an-enterprise-hub")
+    with pytest.raises(ValueError, match="looks like a token"):
+        publish.main([str(run), "--repo", REPO])
+
+
 def test_adapter_is_refused(tmp_path):
     run = write_run(tmp_path)
     (run / "adapter_config.json").write_text("{}")
@@ -266,7 +275,63 @@ def test_what_the_run_does_not_know_must_be_stated(tmp_path):
         text = (run / "hub" / name).read_text()
         assert "/somewhere" not in text and "runs/upcycled" not in text
     card = ModelCard.load(run / "hub" / "README.md")
+    assert "fine-tuned from [allenai/OLMoE-1B-7B-0924]" in card.text
     assert card.data.base_model == "allenai/OLMoE-1B-7B-0924" and card.data.datasets == ["openai/gsm8k"]
     assert "0.1 kWh, assuming 50 W" in card.text  # two hours
     entries = yaml.safe_load((run / "hub" / ".eval_results" / "gsm8k.yaml").read_text())
     assert [(entry["dataset"]["id"], entry["value"]) for entry in entries] == [("openai/gsm8k", 0.2)]
+
+
+SOURCE = {"model": "/somewhere/moe.json", "dataset": "/somewhere/gsm8k", "steps": 31, "tokens": 5678}
+UPCYCLED = {
+    "model": "/somewhere/mixtral",
+    "base": SOURCE | {"validation_loss": 4.75},
+    "upcycling": {"source_type": "mixtral", "changes_of_function": [], "num_iterations": 3, "seed": 0},
+}
+NAMES = ["--dataset-license", "mit", "--dataset-id", "openai/gsm8k"]
+
+
+def write_upcycled_run(folder: Path, **facts) -> Path:
+    facts = {"model": "/somewhere/chain", "base": UPCYCLED, "dataset": "/somewhere/gsm8k"} | facts
+    return write_run(folder, iteration_scale=True, validation_loss_before=4.751, **facts)
+
+
+def test_upcycled_run_names_its_source_without_pretending_that_the_hub_has_it(tmp_path):
+    run = write_upcycled_run(tmp_path)
+    publish.main([str(run), "--repo", REPO, *NAMES])
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert card.data.base_model is None
+    assert "a Mixtral that is not on the Hub: 31 steps, 5,678 tokens of openai/gsm8k, held-out loss 4.75." in card.text
+    assert "so the chain started with the logits of its source" in card.text
+    assert "before this training |  | 4.751 |" in card.text and "contributed is not known" in card.text
+    for path in filter(Path.is_file, (run / "hub").rglob("*")):
+        assert b"/somewhere" not in path.read_bytes(), path
+
+
+def test_chain_stands_beside_its_source_trained_on_for_the_same_steps(tmp_path):
+    run, control = write_upcycled_run(tmp_path / "run"), write_run(tmp_path / "control", dataset="/somewhere/gsm8k")
+    facts = json.loads((control / "facts.json").read_text())
+    (control / "facts.json").write_text(json.dumps(facts | {"validation_loss": 4.125}))
+    options = ["--repo", REPO, *NAMES, "--control", str(control)]
+    publish.main([str(run), *options])
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert "ends 0.1250 nats per token below this chain" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [4.25, 0.2]  # the source's are not ours
+    (control / "facts.json").write_text(json.dumps(facts | {"steps": 18}))
+    with pytest.raises(ValueError, match="`steps=18`, the run `17`"):
+        publish.main([str(run), *options])
+
+
+def test_chain_with_another_function_than_its_source_says_so(tmp_path):
+    changes = UPCYCLED["upcycling"] | {"changes_of_function": ["2 experts per iteration instead of 4"]}
+    run = write_upcycled_run(tmp_path, base=UPCYCLED | {"upcycling": changes})
+    publish.main([str(run), "--repo", REPO, *NAMES])
+    text = (run / "hub" / "README.md").read_text()
+    assert "(2 experts per iteration instead of 4)" in text and "logits of its source" not in text
+
+
+def test_folder_that_the_source_was_trained_on_is_not_published(tmp_path):
+    base = UPCYCLED | {"base": UPCYCLED["base"] | {"dataset": "/elsewhere/text"}}
+    run = write_upcycled_run(tmp_path, base=base)
+    with pytest.raises(ValueError, match=r"elsewhere.*--base-model"):
+        publish.main([str(run), "--repo", REPO, *NAMES])

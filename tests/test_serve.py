@@ -3,6 +3,7 @@
 """The server, asked by the real `openai` client: answers, streams, crowds and bad requests; and the pipelines."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -54,12 +55,12 @@ def is_up(url: str) -> bool:
         return False
 
 
-def status_of(url: str, content: bytes) -> int:
-    """The status of a request that is refused."""
+def refusal_of(url: str, content: bytes) -> urllib.error.HTTPError:
+    """The answer to a request that is refused."""
     request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request, timeout=60)
-    return refusal.value.code
+    return refusal.value
 
 
 def serve(checkpoint: Path, *options: str):
@@ -123,21 +124,69 @@ def test_server_gives_the_models_own_answer_whole_and_streamed(client, checkpoin
     assert sum(bool(chunk) for chunk in chunks) > 1  # it came in pieces
 
 
+def test_transformers_chat_talks_to_the_server(client, checkpoint):
+    command = [Path(sys.executable).with_name("transformers"), "chat", checkpoint, str(client.base_url).rstrip("/")]
+    chat = subprocess.run(
+        [*command, "do_sample=False", f"max_new_tokens={NEW_TOKENS}"], input=f"{QUESTIONS[0]}\n!exit\n",
+        env={**os.environ, "HF_HUB_OFFLINE": "0"}, cwd=checkpoint.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert expected(checkpoint, QUESTIONS[0]) in " ".join(chat.stdout.split()), chat.stderr[-3000:]
+
+
+BAD_VALUES = [
+    {"messages": None},
+    {"messages": []},
+    {"messages": "w5 w6"},
+    {"messages": ["w5 w6"]},
+    {"messages": [{"content": "w5 w6"}]},
+    {"messages": [{"role": "user", "content": 5}]},
+    {"max_tokens": -1},
+    {"max_tokens": "many"},
+    {"max_completion_tokens": 0},
+    {"temperature": -1},
+    {"top_p": 7},
+    {"frequency_penalty": -3},
+    {"seed": "w5"},
+    {"stop": 5},
+    {"stream": True, "stop": 5},
+    {"logit_bias": {"w5": 1}},
+    {"generation_config": "{"},
+    {"chat_template_kwargs": 5},
+    {"tools": "w5"},
+    {"no_such_field": 1},
+]
+
+
+def test_wrong_values_are_refused_by_name_and_the_server_lives_on(client, checkpoint):
+    url = f"{client.base_url}chat/completions"
+    good = {"model": str(checkpoint), "messages": [{"role": "user", "content": "w5 w6"}]}
+    for bad in BAD_VALUES:
+        refusal = refusal_of(url, json.dumps(good | bad).encode())
+        assert refusal.code == 422 and list(bad)[-1] in refusal.read().decode(), bad
+    assert refusal_of(url, json.dumps({"model": str(checkpoint)}).encode()).code == 422
+    assert answer(client, checkpoint, QUESTIONS[1])
+
+
 def test_bad_requests_are_refused_and_the_server_lives_on(client, checkpoint):
-    url = str(client.base_url)
-    model = {"model": str(checkpoint)}
     for call, content in [
         ("chat/completions", b"{"),
-        ("chat/completions", json.dumps(model | {"messages": [], "no_such_field": 1}).encode()),
+        ("chat/completions", b"[1, 2]"),
+        ("completions", b'{"prompt": 5}'),
+        ("completions", b'{"prompt": "w5", "max_tokens": -1}'),
+        ("responses", b"{}"),
+        ("responses", b'{"input": []}'),
         ("no-such-call", b"{}"),
     ]:
-        assert 400 <= status_of(url + call, content) < 500, (call, content)
-    # transformers 5.23 answers 500 where the messages are missing; what matters here is that it goes on.
-    assert status_of(f"{url}chat/completions", json.dumps(model).encode()) >= 400
-    with pytest.raises(openai.APIStatusError) as refusal:
-        ask(client, Path("no-such/model"), QUESTIONS[0])
-    assert 400 <= refusal.value.status_code < 500
+        assert 400 <= refusal_of(str(client.base_url) + call, content).code < 500, (call, content)
     assert answer(client, checkpoint, QUESTIONS[1])
+
+
+def test_openai_client_sees_a_refusal_as_one(client, checkpoint):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, Path("no-such/model"), QUESTIONS[0])
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        ask(client, checkpoint, QUESTIONS[0], temperature=-1)
+    assert refusal.value.response.json()["detail"][0]["loc"] == ["temperature"]
 
 
 @pytest.mark.slow
@@ -182,6 +231,9 @@ def test_what_vllm_and_sglang_read_of_a_checkpoint_is_there(checkpoint):
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (7, 2)
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_coe.CoEModel"
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"position_ids": torch.arange(3)[None], "use_cache": False, "return_dict": False}
+    assert torch.equal(model.model(input_ids=ids, **options)[0], model.model(ids).last_hidden_state)
     block, calls = model.model.layers[0].mlp, []
     assert {name: parameter.dim() for name, parameter in block.experts.named_parameters()} == {
         "gate_up_proj": 3,
@@ -191,5 +243,5 @@ def test_what_vllm_and_sglang_read_of_a_checkpoint_is_there(checkpoint):
     block.experts.register_forward_pre_hook(
         lambda module, inputs, keywords: calls.append((len(inputs), keywords)), with_kwargs=True
     )
-    model(torch.tensor([[5, 6, 7]]))
+    model(ids)
     assert calls == [(3, {})] * model.config.num_iterations  # x, index, weights; by position

@@ -725,6 +725,9 @@ def test_script_reads_yaml_takes_overrides_and_refuses_unknown_keys(tmp_path, mo
     run_script(monkeypatch, "--config", recipe, "--num_iterations", 2, "--layers", 0, 1, 2)
     chain = CoEForCausalLM.from_pretrained(tmp_path / "chain")
     assert chain.config.num_iterations == 2 and difference(source, chain)[0] <= 1e-5
+    record = json.loads((tmp_path / "chain" / "facts.json").read_text())
+    assert record["model"] == str(tmp_path / "source") and record["upcycling"]["source_type"] == "mixtral"
+    assert record["upcycling"]["num_iterations"] == 2 and record["upcycling"]["changes_of_function"] == []
     recipe.write_text(recipe.read_text() + "num_iteration: 3\n")
     with pytest.raises(ValueError, match="num_iteration"):
         run_script(monkeypatch, "--config", recipe)

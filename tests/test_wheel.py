@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is installed: the package, its license and nothing else; one version everywhere."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -47,6 +49,28 @@ def test_wheel_holds_the_package_and_its_metadata_only(distributions):
     assert fields["Version"] == modeling_coe.__version__ and fields["License-Expression"] == "Apache-2.0"
     always = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line).group() for line in always} == {"safetensors", "torch", "transformers"}
+
+
+def test_vllm_finds_its_plugin_in_the_installed_package(distributions, tmp_path):
+    """As vLLM 0.33 does: load every `vllm.general_plugins` and call it. vLLM is a stand-in; it was not run."""
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        wheel.extractall(tmp_path)
+    code = """
+        import sys, types
+        from importlib.metadata import entry_points
+        registry = types.SimpleNamespace(register_model=lambda *names: print(*names))
+        sys.modules["vllm"] = types.SimpleNamespace(ModelRegistry=registry)
+        (plugin,) = {point for point in entry_points(group="vllm.general_plugins") if point.name == "coe"}
+        plugin.load()()
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.split() == [
+        "CoEForCausalLM",
+        "vllm.model_executor.models.transformers:TransformersMoEForCausalLM",
+    ], result.stderr[-3000:]
 
 
 def test_sdist_holds_no_tests_scripts_or_data(distributions):

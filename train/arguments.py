@@ -167,7 +167,7 @@ class FinetuneArguments(SFTConfig):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep a layer's input only; recompute."})
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
-    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "The curve's x axis."})
     report_to: None | str | list[str] = field(  # noqa: RUF036, the parser wants None first
         default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
     )

@@ -32,7 +32,7 @@ from checkpoints import (
 )
 from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
 from modeling_coe.adapters import count_adapted, lora_config
-from report import Curve, RoutingHealth, environment, peak_memory, plot_curve
+from report import Curve, RoutingHealth, environment, facts_of, peak_memory, plot_curve
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):
@@ -153,6 +153,7 @@ def main(arguments: list[str] | None = None):
     if trainer.is_world_process_zero():
         facts = {
             "model": model_arguments.model,
+            "base": facts_of(model_arguments.model),
             "dataset": data.dataset,
             "lora": vars(lora) if lora.lora else None,
             "trained_parameters": trained,
@@ -162,6 +163,7 @@ def main(arguments: list[str] | None = None):
             "held_out_documents": len(documents["validation"]),
             "before": before,
             "after": after,
+            "validation_loss_before": before["held_out_loss"],
             "validation_loss": after["held_out_loss"],
             "share_solved": after.get("share_solved"),
             "scored_problems": len(answers),

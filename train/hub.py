@@ -5,7 +5,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 
 LOOKS_LIKE_A_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
@@ -17,9 +17,11 @@ def check_login():
 
 
 def refuse_secrets(folder: Path):
-    """Raises ValueError if a file other than the weights holds what looks like a token."""
+    """Raises ValueError if a file other than the weights holds the user's token, or what looks like one."""
+    token = (get_token() or "").encode()
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors" and LOOKS_LIKE_A_TOKEN.search(path.read_bytes()):
+        content = path.read_bytes() if path.is_file() and path.suffix != ".safetensors" else b""
+        if LOOKS_LIKE_A_TOKEN.search(content) or (token and token in content):
             raise ValueError(f"{path.name} holds what looks like a token of the Hub; remove it from the run.")
 
 

@@ -44,7 +44,7 @@ from checkpoints import (
     write_json,
 )
 from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
-from report import Curve, Progress, RoutingHealth, environment, peak_memory, plot_curve
+from report import Curve, Progress, RoutingHealth, environment, facts_of, peak_memory, plot_curve
 
 
 class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
@@ -206,12 +206,15 @@ def train(trainer: Pretrainer, checkpoint: Path | None) -> float:
 def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seconds: float, checkpoint: Path | None):
     """Write facts.json, samples.json and loss_curve.png, and print the result with two samples."""
     output = Path(trainer.args.output_dir)
+    at_start = [row["eval_loss"] for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row]
     facts = {
         "model": model.model,
+        "base": facts_of(model.model),
         "dataset": data.dataset,
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
+        "validation_loss_before": at_start[0] if at_start else None,
         "validation_loss": trainer.metrics["eval_loss"],
         "share_solved": trainer.metrics.get("eval_solved"),
         "scored_problems": len(trainer.answers),

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from hub import check_login, push, refuse_secrets
@@ -39,7 +39,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="Create the repository as a private one.")
     parser.add_argument("--license", default="apache-2.0", help="Of the weights; an identifier of the Hub.")
     parser.add_argument("--language", default="en", help="ISO 639 code.")
-    parser.add_argument("--base-model", help="Hub id that the run started from, where the run knows only a folder.")
+    parser.add_argument("--base-model", help="Hub id that the run started from, if it is on the Hub.")
+    parser.add_argument("--control", type=Path, help="Run of the source, for the same steps, to compare a chain with.")
     parser.add_argument("--dataset-id", help="Hub id of the training data, where the run knows only a folder.")
     parser.add_argument("--evaluated-split", default="validation", help="Name of the held-out split.")
     parser.add_argument("--dataset-license", help="License of the training data; needed unless it was generated here.")
@@ -49,51 +50,88 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def gather_facts(options: argparse.Namespace, run: dict, recipe: dict, model, tokenizer, samples: list[dict]) -> dict:
-    """Everything that the card says, as JSON; what the run did not record comes from the command line or is missing.
-
-    Raises:
-        ValueError: naming the missing fact and the option that gives it.
-    """
-    is_generated = run["dataset"] == "word_problems"
-    dataset_license = options.dataset_license or ("apache-2.0" if is_generated else None)
-    if dataset_license is None:
+def check_known(options: argparse.Namespace, run: dict, samples: list[dict]):
+    """Raises ValueError, naming the fact that neither the run nor the command line states, and the option for it."""
+    if options.dataset_license is None and run["dataset"] != "word_problems":
         raise ValueError(f"The license of `{run['dataset']}` is unknown; state it with --dataset-license.")
-    if not is_generated and options.dataset_id is None and Path(run["dataset"]).is_absolute():
+    if options.dataset_id is None and Path(run["dataset"]).is_absolute():
         raise ValueError(f"`{run['dataset']}` is a folder of this machine; name the data with --dataset-id.")
-    is_from_scratch = Path(run["model"]).suffix == ".json"
-    if not is_from_scratch and options.base_model is None:
-        raise ValueError(f"The run started from `{run['model']}`; state its Hub id with --base-model.")
+    if not is_from_scratch(run) and options.base_model is None and run["base"] is None:
+        raise ValueError(f"`{run['model']}` does not say what it is made of; state its Hub id with --base-model.")
     if not samples:
         raise ValueError("samples.json is empty: the run answered no problems. Run it with `scored_problems` above 0.")
-    evaluation = [("loss", "held-out loss, nats per token", run["validation_loss"], None)]
+
+
+def is_from_scratch(run: dict) -> bool:
+    return Path(run["model"]).suffix == ".json"
+
+
+def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, tokenizer, samples: list[dict]) -> dict:
+    """Everything that the card says, as JSON, with Hub ids in place of the folders of this machine."""
+    check_known(options, run, samples)
+    data = options.dataset_id or run["dataset"]
+    # Fine-tuning on questions and answers scores the answers alone, and its record holds the first pair.
+    is_pair = isinstance(record["data"], dict) and "prompt" in record["data"]["first"]
+    loss = "held-out loss of the answers, nats per token" if is_pair else "held-out loss, nats per token"
+    evaluation = [("loss", loss, run["validation_loss"], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
     names = ("metric", "name", "value", "count")
     watts = options.watts or (700 * torch.cuda.device_count() if "CPU" not in run["device"] else 15 * run["threads"])
+    known = {name: value for name, value in run.items() if name != "base"}
     return {
         "repo": options.repo,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "license": options.license,
         "language": options.language,
         "task": "text-generation",
-        "base_model": options.base_model,
-        "data": {
-            "name": options.dataset_id or run["dataset"],
-            "hub_id": options.dataset_id,
-            "license": dataset_license,
-        },
+        "base": None if is_from_scratch(run) else base_facts(options, run, model),
+        "data": {"name": data, "hub_id": options.dataset_id, "license": options.dataset_license or "apache-2.0"},
         "model": model_facts(model.config),
-        "recipe": recipe,
-        # Hub ids in place of the folders of this machine.
-        "run": run | {"model": options.base_model or run["model"], "dataset": options.dataset_id or run["dataset"]},
+        "recipe": record["training"],
+        "run": known | {"model": run["model"] if is_from_scratch(run) else options.base_model, "dataset": data},
         "energy": energy_facts(run["train_seconds"], watts),
         "evaluation": [
             {"split": options.evaluated_split, **dict(zip(names, values, strict=True))} for values in evaluation
         ],
+        "control": None if options.control is None else control_facts(run, options.control),
         "sample": speak(model, tokenizer, samples[0], options.max_new_tokens),
         "routing": routing_facts(route(model, tokenizer, samples)),
     }
+
+
+def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
+    """What the run started from: its Hub id, or else its own training; how it was upcycled, and what that became.
+
+    Raises:
+        ValueError: the base was trained on a folder of this machine that has no name.
+    """
+    base = run["base"] or {}
+    upcycling = base.get("upcycling")
+    trained = None if options.base_model else base["base"] if upcycling else base
+    if trained is not None:
+        data = {run["dataset"]: options.dataset_id or run["dataset"]}.get(trained["dataset"], trained["dataset"])
+        if Path(data).is_absolute():
+            raise ValueError(f"The base model was trained on `{data}`, a folder of this machine; state --base-model.")
+        trained = {name: trained[name] for name in ("steps", "tokens", "validation_loss")} | {"data": data}
+    if upcycling:
+        later = torch.cat([layer.mlp.iteration_scale[1:] for layer in model.model.layers])
+        upcycling = upcycling | {"later_scales": [round(later.min().item(), 4), round(later.max().item(), 4)]}
+    return {"hub_id": options.base_model, "training": trained, "upcycling": upcycling}
+
+
+def control_facts(run: dict, folder: Path) -> dict:
+    """The source of a chain, trained on with the run's steps and data.
+
+    Raises:
+        ValueError: the control had other steps, other data or another seed.
+    """
+    control = json.loads((folder / "facts.json").read_text())
+    for name in ("dataset", "steps", "seed"):
+        if control[name] != run[name]:
+            raise ValueError(f"The control has `{name}={control[name]}`, the run `{run[name]}`; they must be equal.")
+    active = model_facts(AutoConfig.from_pretrained(folder))["active_parameters"]
+    return {"validation_loss": control["validation_loss"], "active_parameters": active}
 
 
 def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
@@ -127,11 +165,11 @@ def write_repository(options: argparse.Namespace, folder: Path):
     if (options.run / "adapter_config.json").exists():
         raise ValueError(f"{options.run} holds a LoRA adapter; merge it into its model and publish that.")
     run = json.loads((options.run / "facts.json").read_text())
-    recipe = json.loads((options.run / "run.json").read_text())["training"]
+    record = json.loads((options.run / "run.json").read_text())
     samples = json.loads((options.run / "samples.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(options.run).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run)
-    facts = gather_facts(options, run, recipe, model, tokenizer, samples)
+    facts = gather_facts(options, run, record, model, tokenizer, samples)
     card = render_card(facts, TEMPLATE)
 
     model.save_pretrained(folder, max_shard_size=options.max_shard_size)

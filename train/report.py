@@ -163,6 +163,12 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def facts_of(model: str) -> dict | None:
+    """What a checkpoint's folder says it was made of; None for a preset, a Hub id or a folder that says nothing."""
+    path = Path(model) / "facts.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

@@ -4,13 +4,21 @@
 
 python train/upcycle.py --config configuration/upcycle/olmoe.yaml
 python train/upcycle.py --source path/to/mixtral --output runs/upcycled --verify true     # any option, without a file
+
+The output's facts.json says what it was made of; train/pretrain.py, finetune.py and publish.py pass that on.
 """
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig
 
 from arguments import parse
+from checkpoints import write_json
 from modeling_coe import upcycle
+from modeling_coe.upcycling import changes_of_function
+from report import facts_of
 
 
 @dataclass
@@ -39,7 +47,24 @@ def main():
     (arguments,) = parse(UpcycleArguments)
     if arguments.source is None or arguments.output is None:
         raise ValueError("Set `source` and `output`, in the recipe or on the command line.")
-    print(f"Chain-of-Experts written to {upcycle(**vars(arguments))}")
+    output = upcycle(**vars(arguments))
+    write_json(output / "facts.json", record(arguments, output))
+    print(f"Chain-of-Experts written to {output}")
+
+
+def record(arguments: UpcycleArguments, output: Path) -> dict:
+    """Where the chain comes from, and what keeps its first forward from being the source's."""
+    source, chain = AutoConfig.from_pretrained(arguments.source), AutoConfig.from_pretrained(output)
+    names = ("num_iterations", "experts_per_iteration", "expert_noise", "router_noise", "layers", "seed")
+    return {
+        "model": arguments.source,
+        "base": facts_of(arguments.source),
+        "upcycling": {
+            "source_type": source.model_type,
+            "changes_of_function": changes_of_function(source, chain, arguments.layers, arguments.expert_noise),
+            **{name: getattr(arguments, name) for name in names},
+        },
+    }
 
 
 if __name__ == "__main__":
