@@ -80,6 +80,13 @@ def test_quoted_results_are_the_committed_ones():
     assert result("pretrain_gsm8k")["share_solved"] == 0
     losses = {run["name"]: run["validation_loss"] for run in result("healing_gsm8k")["runs"] if run["seed"] == 0}
     assert abs(losses["chain"] - losses["source"]) < 0.01 < losses["chain"] - losses["source, more steps"]
+    tuned, upcycled = (
+        json.loads((ROOT / "model_cards" / name / "facts.json").read_text(encoding="utf-8"))
+        for name in ("coe-gsm8k-finetuned", "coe-upcycled")
+    )
+    assert f"{tuned['run']['validation_loss_before']:.2f} -> {tuned['run']['validation_loss']:.2f}" in README
+    assert tuned["run"]["share_solved"] == 0
+    assert abs(upcycled["run"]["validation_loss"] - upcycled["control"]["validation_loss"]) < 0.01
 
 
 def test_links_and_pictures_exist():
