@@ -223,3 +223,16 @@ def test_the_numbers_of_combinations_in_the_press_follow_from_no_power_of_the_bi
     for choices in (math.comb(64, 4), math.comb(64, 8)):
         for power in range(1, 40):
             assert min(abs(math.log10(choices**power) - math.log10(claimed)) for claimed in (2.2e42, 3.8e104)) > 0.05
+
+
+def test_the_page_says_of_the_iterations_what_was_recorded():
+    def recorded(name):
+        return json.loads((RESULTS / f"routing_{name}.json").read_text())
+
+    page = verdicts.render()
+    assert f"{max(map(max, recorded('nested_c4_rate_4e-3')['change_of_state'])):.0f} times its input" in page
+    assert max(map(max, recorded("nested_c4")["change_of_state"])) < 1
+    for name in ("nested_c2", "nested_c4", "paper_c2"):
+        routing = recorded(name)
+        revisits = [value for layer in routing["revisits"] for value in layer]
+        assert sum(revisits) / len(revisits) < 1.2 * routing["revisits_if_choices_were_independent"]

@@ -31,12 +31,17 @@ def render() -> str:
         path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["question"] for path in TABLES.glob("*.yaml")
     }
     results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    memory, losses, others = {}, {}, {}
+    memory, losses, routings, others = {}, {}, {}, {}
     for name, result in results.items():
-        judged = "claims" in result
-        (memory if name.endswith("_memory.json") else losses if judged else others)[name] = result
+        if name.startswith("routing_"):
+            routings[name] = result
+        elif "claims" in result:
+            (memory if name.endswith("_memory.json") else losses)[name] = result
+        else:
+            others[name] = result
     chain = CoEConfig(num_iterations=2, num_experts_per_tok=4, num_local_experts=64)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mean_by_iteration"] = mean_by_iteration
     template = environment.from_string((RESULTS / "template.md").read_text(encoding="utf-8"))
     claims = [claim for result in losses.values() for claim in result["claims"]]
     rates = {rate for result in losses.values() for rate in result["scale"]["learning_rates"]}
@@ -49,6 +54,7 @@ def render() -> str:
         ],
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
+        routings=routings,
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
         missing=[
             (table, question)
@@ -62,6 +68,11 @@ def render() -> str:
 def scale_of(name: str) -> str:
     """`memory_cpu_memory.json` -> the scale `cpu`."""
     return f"scale `{name.removesuffix('_memory.json').rpartition('_')[2]}`"
+
+
+def mean_by_iteration(values: list[list[float]]) -> str:
+    """`[L][C]` -> the means over the layers."""
+    return ", ".join(f"{statistics.mean(layers):.3f}" for layers in zip(*values, strict=True))
 
 
 def describe(name: str, result: dict) -> dict:
