@@ -31,7 +31,7 @@ def test_notebook_runs_on_another_checkpoint(tmp_path, monkeypatch):
     client.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "CoE-3(2/7), 2 layers" in printed(cells[0])
-    changes = next(printed(cell) for cell in cells if "pairwise" in cell.source and "import" not in cell.source)
+    changes = next(printed(cell) for cell in cells if "routing.change" in cell.source)
     assert len(re.findall(r"iteration \d: \d+\.\d\d", changes)) == 6  # two layers of three iterations
     losses = re.findall(r"\d of 3 iterations: loss (\d+\.\d\d)", "".join(map(printed, cells)))
     assert len(losses) == 3 and len(set(losses)) > 1
