@@ -85,7 +85,7 @@ def test_peak_bytes_is_the_highest_point_not_the_sum():
         del first, second
         torch.empty(2000, dtype=torch.uint8)
 
-    assert 6000 <= benchmark.peak_bytes(step, {"device": "cpu"}) <= 6500
+    assert 6000 <= benchmark.peak_bytes(step, torch.device("cpu")) <= 6500
 
 
 def test_saved_bytes_counts_each_storage_once_and_leaves_out_what_was_given():
