@@ -89,6 +89,22 @@ def test_quoted_results_are_the_committed_ones():
     assert abs(upcycled["run"]["validation_loss"] - upcycled["control"]["validation_loss"]) < 0.01
 
 
+def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
+    mean = {name: row["mean_validation_loss"] for name, row in result("equal_compute_cpu")["rows"].items()}
+    papers = (mean["paper's MoE(8/64)"], mean["paper's CoE-2(4/64)"])
+    assert min(papers) - mean["Mixtral MoE(8/64)"] > 0.12
+    assert round(mean["paper's CoE-2(4/64)"] - mean["nested CoE-2(4/64)"], 2) == 0.13
+    assert abs(mean["nested CoE-2(4/64)"] - mean["Mixtral MoE(8/64)"]) < 0.03
+    verdicts = {
+        (claim["row"], claim["than"]): claim["verdict"]
+        for table in ("equal_compute_cpu", "ablations_cpu")
+        for claim in result(table)["claims"]
+    }
+    assert verdicts["paper's CoE-2(4/64)", "paper's MoE(8/64)"] == "undecided"
+    assert verdicts["paper's CoE-2(8/64)", "CoE-2(8/64) outer residual"] == "confirmed"
+    assert verdicts["paper's CoE-2(8/64)", "CoE-2(8/64) shared gate"] != "confirmed"
+
+
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
