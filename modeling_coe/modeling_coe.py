@@ -142,24 +142,24 @@ class CoESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         # Once for all iterations, not once for each: the merge of an adapter into the experts, and their gradient.
         with parametrize.cached(), one_weight_gradient(self.experts):
-            update = self.iterate(tokens, 0)
+            update = self.iterate(hidden_states, 0)
             for iteration in range(1, self.num_iterations):
                 if self.inner_residual:
-                    update = update + self.iterate(tokens + update, iteration)
+                    update = update + self.iterate(hidden_states + update, iteration)
                 else:
                     update = self.iterate(update, iteration)
-        return update.view_as(hidden_states)
+        return update
 
     def iterate(self, hidden_states: torch.Tensor, iteration: int) -> torch.Tensor:
-        """F_t: route the tokens of `[T, H]` with router t, through the pool and the shared expert."""
+        """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert."""
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
-        _, top_k_weights, top_k_index = self.gate(hidden_states, iteration)
-        output = self.experts(hidden_states, top_k_index, top_k_weights)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens, iteration)
+        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         if self.iteration_scale is not None:

@@ -198,8 +198,7 @@ def test_a_checkpoint_moves_from_one_rank_to_two_and_back(results, layout):
     step(expected, never_moved)
     ids = tokens(2, 9)
     with torch.no_grad():
-        # Rounding, which AdamW has divided by the root of small moments.
-        assert (model(ids).logits - expected.eval()(ids).logits).abs().max() <= 2e-5
+        assert (model(ids).logits - expected.eval()(ids).logits).abs().max() <= 1e-5
     # The optimizer's moments came along: the next step is the one of two ranks, and of a run that was never moved.
     load_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
     step(model, optimizer)

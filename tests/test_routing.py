@@ -78,7 +78,7 @@ def test_change_is_how_far_an_iteration_moves_its_input(residual):
     change = record_routing(model, tokens(2, 9)).change
     hook.remove()
     assert change.shape == (2, 3)
-    state = seen[0].flatten(0, 1)
+    state = seen[0]
     for iteration in range(3):
         update = block.iterate(state, iteration)
         after = update if residual == "outer" else state + update
