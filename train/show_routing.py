@@ -76,12 +76,13 @@ def main(arguments: list[str] | None = None):
     inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
     routing = record_routing(model, inputs.input_ids, inputs.attention_mask)
     kinds = kinds_of(inputs.input_ids[inputs.attention_mask.bool()], tokenizer)
-    facts = {"config": model.config.to_diff_dict(), "documents": len(documents), **summarise(routing, kinds)}
+    summary = summarise(routing, kinds)
+    facts = {"config": model.config.to_diff_dict(), "documents": len(documents), **summary}
     write_json(output / "routing.json", facts | environment(model.device))
     plot_routing(routing).savefig(output / "load.png", dpi=130)
     if model.config.num_iterations > 1:
         plot_transitions(routing).savefig(output / "transitions.png", dpi=130)
-    print(json.dumps(summarise(routing, kinds), indent=2))
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":
