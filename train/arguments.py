@@ -38,6 +38,10 @@ class ModelArguments:
         default="float32",
         metadata={"help": "Of the weights: `float32`, or `bfloat16` with an optimizer that rounds stochastically."},
     )
+    draw_by_name: bool = field(
+        default=False,
+        metadata={"help": "Presets: equal modules of different models start with equal weights, for comparisons."},
+    )
 
     def __post_init__(self):
         if not self.model:

@@ -14,6 +14,7 @@ final model with its tokenizer, loss_curve.jsonl and .png, samples.json and fact
 
 import hashlib
 import json
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +97,12 @@ def loss_per_token(evaluation) -> dict[str, float]:
 
 
 def build_model(
-    arguments: ModelArguments, tokenizer, sequence_length: int, layout: DistributedConfig | None, resumed: Path | None
+    arguments: ModelArguments,
+    tokenizer,
+    sequence_length: int,
+    layout: DistributedConfig | None,
+    resumed: Path | None,
+    seed: int,
 ):
     """A model with random weights from a preset, or the pretrained one of a checkpoint; sharded by a layout."""
     config = AutoConfig.from_pretrained(arguments.model)
@@ -112,11 +118,24 @@ def build_model(
     if not is_preset(source):
         return AutoModelForCausalLM.from_pretrained(source, config=config, distributed_config=layout, **options)
     model = AutoModelForCausalLM.from_config(config, **options)
+    if arguments.draw_by_name:
+        draw_by_name(model, seed)
     if layout is None:
         return model
     # Every rank draws the same weights and keeps its part of them.
     weights = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
     return type(model).from_pretrained(None, config=config, state_dict=weights, distributed_config=layout, **options)
+
+
+def draw_by_name(model, seed: int):
+    """Draw the weights of every module anew, from the seed and the module's name.
+
+    Models with the same modules then start with the same weights in them, whatever else they have: most of the
+    difference between two seeds is that of their first weights, and it falls out of a comparison paired by seed.
+    """
+    for name, module in model.named_modules():
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        model._init_weights(module)
 
 
 def is_preset(model: str) -> bool:
@@ -159,7 +178,9 @@ def main(arguments: list[str] | None = None):
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
     checkpoint = newest_checkpoint(output)
-    model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint)
+    model = build_model(
+        model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, training.seed
+    )
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
         fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)

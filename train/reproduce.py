@@ -4,8 +4,9 @@
 
     python train/reproduce.py --table configuration/reproduce/equal_compute.yaml --scale cpu --dataset path/to/gsm8k
 
-A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `recipe:` overrides its
-recipe. Each learning rate is tried with the first seed; the one with the lowest held-out loss runs with the others.
+A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
+times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
+lowest held-out loss runs with the others.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,8 +37,11 @@ from modeling_coe.budget import TrainingSetup, count_parameters, training_flops,
 from report import environment, peak_bytes
 
 
-# Student's t, two-sided 95 %, by the number of seeds.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+# Student's t, two-sided 95 %, by the number of differences.
+T_95 = dict(enumerate(
+    [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045], start=2,
+))  # fmt: skip
 EQUAL_COMPUTE = 0.05
 
 
@@ -75,16 +80,22 @@ class Scale:
 class Claim:
     """`row` ends at a held-out loss lower than `than`; with `as_good`, at one no higher.
 
-    Differences below `margin` nats do not count. `published` are the paper's losses of both.
+    Lists of rows are compared pair by pair, and all differences judged together. Differences below `margin` nats do
+    not count. `published` are the paper's losses of both.
     """
 
     claim: str
-    row: str
-    than: str
+    row: str | list[str]
+    than: str | list[str]
     published: list[float] | None = None
     equal_compute: bool = False
     as_good: bool = False
     margin: float = 0.02
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        rows, thans = ([names] if isinstance(names, str) else names for names in (self.row, self.than))
+        return list(zip(rows, thans, strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,10 @@ class MemoryClaim:
     of: str = "peak"
     tolerance: float = 0.02
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(self.row, self.than)]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -105,10 +120,11 @@ class Table:
     rows: dict[str, dict]
     claims: list[Claim]
     memory_claims: list[MemoryClaim]
+    frontier: bool = False
 
     def __post_init__(self):
         for claim in (*self.claims, *self.memory_claims):
-            for name in (claim.row, claim.than):
+            for name in chain.from_iterable(claim.pairs):
                 if name not in self.rows:
                     raise ValueError(f"A claim names the row {name!r}; the table has {list(self.rows)}.")
 
@@ -126,8 +142,8 @@ class Contestant:
 
     @property
     def flops(self) -> float:
-        """FLOPs of training on one token, averaged over a full block."""
-        return training_flops(self.config, self.recipe["sequence_length"])
+        """FLOPs of the whole run, for every token of a batch."""
+        return training_flops(self.config, self.recipe["sequence_length"]) * self.recipe["max_steps"]
 
 
 def main(arguments: list[str] | None = None):
@@ -147,6 +163,8 @@ def main(arguments: list[str] | None = None):
             rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
         claims = [judge(claim, rows) for claim in table.claims]
         plot(table.question, rows, output / f"{name}.png")
+        if table.frontier:
+            plot_frontier(rows, output / f"{name}_frontier.png")
     write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
     print_results(rows, claims)
 
@@ -200,12 +218,20 @@ def build_contestant(row: dict, scale: Scale) -> Contestant:
         ValueError: a field that is none of the configuration, or a combination that no model can have.
     """
     fields = dict(row)
-    recipe = scale.recipe | fields.pop("recipe", {})
-    depth = fields.pop("depth", 1)
+    depth, length = fields.pop("depth", 1), fields.pop("length", 1)
+    recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8"))
     if unknown := fields.keys() - CoEConfig.__dataclass_fields__.keys():
-        raise ValueError(f"The row's {sorted(unknown)} are no fields of CoEConfig, nor `depth` or `recipe`.")
+        raise ValueError(f"The row's {sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe`.")
     return Contestant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
+
+
+def lengthen(recipe: dict, factor: int) -> dict:
+    """The recipe with so many times the steps, and the decay at their end if it has one; the warm-up stays."""
+    longer = recipe | {name: factor * recipe[name] for name in ("max_steps", "eval_steps")}
+    if decay := recipe.get("lr_scheduler_kwargs"):
+        longer["lr_scheduler_kwargs"] = decay | {"num_decay_steps": factor * decay["num_decay_steps"]}
+    return longer
 
 
 def check_compute(table: Table, contestants: dict[str, Contestant]):
@@ -214,12 +240,13 @@ def check_compute(table: Table, contestants: dict[str, Contestant]):
         ValueError: a claim of equal compute about two rows whose FLOPs differ.
     """
     for claim in table.claims:
-        ratio = contestants[claim.row].flops / contestants[claim.than].flops
-        if claim.equal_compute and abs(ratio - 1) > EQUAL_COMPUTE:
-            raise ValueError(
-                f"{claim.row!r} costs {ratio:.2f} times the FLOPs of {claim.than!r}, which is no equal compute; "
-                "change the experts per token of one of them."
-            )
+        for row, than in claim.pairs:
+            ratio = contestants[row].flops / contestants[than].flops
+            if claim.equal_compute and abs(ratio - 1) > EQUAL_COMPUTE:
+                raise ValueError(
+                    f"{row!r} costs {ratio:.2f} times the FLOPs of {than!r}, which is no equal compute; "
+                    "change the experts per token of one of them."
+                )
 
 
 def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
@@ -307,13 +334,16 @@ def read_run(folder: Path, rate: float, seed: int) -> dict:
 
 
 def judge(claim: Claim, rows: dict) -> dict:
-    """The claim with the mean difference of its two rows, paired by seed, its 95 % interval, and a verdict.
+    """The claim with the mean difference of its rows, paired by seed, its 95 % interval, and a verdict.
 
     Confirmed: the interval lies on the claim's side, and the mean beyond the margin. Refuted: the interval excludes
     what the claim says. Undecided: neither.
     """
-    losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in (claim.row, claim.than)]
-    differences = [row - than for row, than in zip(*losses, strict=True)]
+    differences = [
+        run["validation_loss"] - other["validation_loss"]
+        for row, than in claim.pairs
+        for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
+    ]
     mean = statistics.mean(differences)
     half = T_95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
     if claim.as_good:
@@ -397,6 +427,38 @@ def plot(title: str, rows: dict, path: Path):
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_frontier(rows: dict, path: Path):
+    """The held-out loss that memory buys at the first row's compute, and that compute buys in its memory, a line for
+    every number of iterations; bars from the lowest to the highest seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    first = next(iter(rows.values()))
+    base = {"parameters": first["parameters"] / 1e6, "flops_ratio": 1.0}
+    points = {
+        name: {"parameters": row["parameters"] / 1e6, "flops_ratio": row["flops_ratio"]} for name, row in rows.items()
+    }
+    for axis, (key, same) in zip(axes, (("parameters", "flops_ratio"), ("flops_ratio", "parameters")), strict=True):
+        lines = {}
+        for name, point in points.items():
+            if abs(point[same] / base[same] - 1) > EQUAL_COMPUTE:
+                continue
+            config = CoEConfig(**rows[name]["config"])
+            lines.setdefault((config.num_iterations, config.residual, config.num_hidden_layers), []).append(name)
+        for names in lines.values():
+            names.sort(key=lambda name: points[name][key])
+            losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in names]
+            means = [statistics.mean(seeds) for seeds in losses]
+            spread = [[abs(f(seeds) - mean) for seeds, mean in zip(losses, means, strict=True)] for f in (min, max)]
+            axis.errorbar([points[name][key] for name in names], means, spread, fmt="o-", capsize=3, linewidth=1.2)
+            for name, mean in zip(names, means, strict=True):
+                axis.annotate(name, (points[name][key], mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="parameters (millions)", ylabel="held-out loss (nats per token)", title="at equal compute")
+    axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
