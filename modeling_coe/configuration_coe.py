@@ -19,8 +19,10 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
 
+
+logger = logging.get_logger(__name__)
 
 RESIDUALS = ("nested", "inner", "outer")
 QK_NORMS = (None, "head", "full")
@@ -44,7 +46,8 @@ QK_NORMS = (None, "head", "full")
         A router per iteration; `False` shares one router between the iterations (the paper's ablation).
     norm_topk_prob (`bool`, *optional*, defaults to `True`):
         Renormalise the K routing weights to sum to one (Mixtral, Qwen3-MoE); `False` keeps the softmax values
-        (OLMoE, the paper).
+        (OLMoE, the paper). A single expert (K = 1) wants `False`: renormalised, its weight is always 1 and the
+        router learns from the balancing loss alone.
     iteration_scale (`bool`, *optional*, defaults to `False`):
         Learn one scalar per iteration on that iteration's output. Upcycled checkpoints start it at 1, 0, 0, ...
     qk_norm (`str`, *optional*):
@@ -134,6 +137,11 @@ class CoEConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self._refuse_misspelt(kwargs)
         self._validate_chain()
+        if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_local_experts:
+            logger.warning_once(
+                "CoEConfig: with `num_experts_per_tok=1` and `norm_topk_prob=True` every routing weight is 1, and the "
+                "routers learn from the balancing loss alone. Set `norm_topk_prob=False`."
+            )
         self.auto_map = dict(AUTO_MAP)
         self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
         super().__post_init__(**kwargs)

@@ -21,6 +21,7 @@ from modeling_coe import (
     CoEForSequenceClassification,
     CoEForTokenClassification,
     CoEModel,
+    configuration_coe,
 )
 
 
@@ -413,3 +414,17 @@ def test_fresh_weights_follow_the_initial_range_and_none_is_left_out():
     torch.manual_seed(0)
     fresh = CoEModel(model.config)
     assert torch.equal(fresh.layers[0].mlp.iteration_scale, torch.ones(SMALL["num_iterations"]))
+
+
+@pytest.mark.parametrize("norm_topk_prob, learns", [(True, False), (False, True)])
+def test_the_router_of_a_single_expert_learns_from_raw_weights_only_and_the_config_warns(
+    norm_topk_prob, learns, monkeypatch
+):
+    warnings = []
+    monkeypatch.setattr(configuration_coe.logger, "warning_once", warnings.append)
+    model = build(num_experts_per_tok=1, norm_topk_prob=norm_topk_prob, router_aux_loss_coef=0.0).train()
+    inputs = tokens(2, 9)
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    gradient = model.model.layers[0].mlp.gate.weight.grad
+    assert gradient.abs().max().item() > 1e-6 if learns else gradient.abs().max().item() < 1e-6
+    assert bool(warnings) is not learns and all("norm_topk_prob=False" in warning for warning in warnings)

@@ -8,8 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from conftest import SMALL, build
 
+import pretrain
 import reproduce
 import verdicts
 from arguments import DataArguments, ModelArguments, PretrainArguments, parse
@@ -83,8 +86,40 @@ def test_every_contestant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_t
     (claim,) = result["claims"]
     assert claim["difference"] == pytest.approx(-0.1) and claim["verdict"] == "confirmed"
     assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 10_000
+    assert not (tmp_path / "results" / "table_cpu_frontier.png").exists()
     again = run_table(tmp_path)
     assert len(trained) == len(expected) and again["rows"] == result["rows"]
+    run_table(tmp_path, "frontier: true" + TABLE)
+    assert len(trained) == len(expected)
+    assert (tmp_path / "results" / "table_cpu_frontier.png").stat().st_size > 10_000
+
+
+def test_a_longer_row_trains_and_decays_longer_and_costs_so_much_more(tmp_path):
+    scale = reproduce.load_scale(ReproduceArguments(table="", scale="tiny"))
+    row = {"num_iterations": 1, "num_experts_per_tok": 8}
+    once, thrice = (reproduce.build_contestant(row | {"length": length}, scale) for length in (1, 3))
+    assert thrice.flops == 3 * once.flops and thrice.preset == once.preset
+    assert (once.recipe["max_steps"], thrice.recipe["max_steps"]) == (400, 1200)
+    decay = {"num_decay_steps": 360, "decay_type": "linear"}
+    assert thrice.recipe == once.recipe | {"max_steps": 1200, "eval_steps": 1200, "lr_scheduler_kwargs": decay}
+
+
+def test_contestants_start_with_the_same_weights_where_they_have_the_same_modules():
+    def first_weights(seed, **fields):
+        torch.manual_seed(1)
+        model = build(**fields)
+        pretrain.draw_by_name(model, seed)
+        return model.state_dict()
+
+    chain, mixtral = first_weights(0), first_weights(0, num_iterations=1, num_experts_per_tok=4)
+    other, inner = first_weights(1), first_weights(0, residual="inner", num_shared_experts=1)
+    assert chain.keys() == mixtral.keys() and len(chain) > 10
+    for name, weight in chain.items():
+        first = weight[:1] if name.endswith("gate.weight") else weight
+        assert torch.equal(first, mixtral[name]) and torch.equal(weight, inner[name])
+        if "norm" not in name:
+            assert not torch.equal(weight, other[name])
+            assert weight.std().item() == pytest.approx(SMALL["initializer_range"], rel=0.1)
 
 
 def test_a_run_that_fails_names_its_log_and_leaves_the_others(tmp_path, trained, monkeypatch):
@@ -192,6 +227,16 @@ def test_what_is_too_large_is_predicted_and_called_so():
             "b": {"peak_bytes": 9, "predicted_bytes": 10, "parameters": 10}}  # fmt: skip
     claim = reproduce.judge_memory(MemoryClaim("less", "a", "b", published=0.5), rows)
     assert claim["basis_of_peak"] == "predicted" and claim["saving"] == {"peak": 0.5, "parameters": 0.5}
+
+
+def test_a_claim_about_several_pairs_judges_all_their_differences_together():
+    losses = {"a": [1.0, 1.2], "b": [1.1, 1.2], "c": [2.0, 2.1], "d": [2.3, 2.2]}
+    rows = {name: {"runs": [{"validation_loss": loss} for loss in seeds]} for name, seeds in losses.items()}
+    claim = Claim("", ["a", "c"], ["b", "d"])
+    assert claim.pairs == [("a", "b"), ("c", "d")]
+    judged = reproduce.judge(claim, rows)
+    # differences -0.1, 0, -0.3, -0.1: mean -0.125, standard deviation 0.1258, t(3 degrees of freedom) = 3.182
+    assert judged["difference"] == -0.125 and judged["interval"] == pytest.approx([-0.3252, 0.0752], abs=2e-4)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
