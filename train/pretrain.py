@@ -178,9 +178,7 @@ def main(arguments: list[str] | None = None):
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
     checkpoint = newest_checkpoint(output)
-    model = build_model(
-        model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, training.seed
-    )
+    model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, training.seed)
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
         fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)

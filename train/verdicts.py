@@ -31,10 +31,12 @@ def render() -> str:
         path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))["question"] for path in TABLES.glob("*.yaml")
     }
     results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    memory, losses, routings, others = {}, {}, {}, {}
+    memory, losses, routings, searches, others = {}, {}, {}, {}, {}
     for name, result in results.items():
         if name.startswith("routing_"):
             routings[name] = result
+        elif name.startswith("search_"):
+            searches[name] = result | {"forms": compare_forms(result["runs"]), "descriptions": result["forms"]}
         elif "claims" in result:
             (memory if name.endswith("_memory.json") else losses)[name] = result
         else:
@@ -43,10 +45,8 @@ def render() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mean_by_iteration"] = mean_by_iteration
     template = environment.from_string((RESULTS / "template.md").read_text(encoding="utf-8"))
-    claims = [claim for result in losses.values() for claim in result["claims"]]
-    rates = {rate for result in losses.values() for rate in result["scale"]["learning_rates"]}
+    claims = [claim | {"scale": scale_of(name)} for name, result in losses.items() for claim in result["claims"]]
     return template.render(
-        rates=", ".join(f"{rate:g}" for rate in sorted(rates)),
         margin=min((claim["margin"] for claim in claims), default=0.02),
         claims=claims,
         memory_claims=[
@@ -55,6 +55,7 @@ def render() -> str:
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
         routings=routings,
+        searches=searches,
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
         missing=[
             (table, question)
@@ -66,13 +67,31 @@ def render() -> str:
 
 
 def scale_of(name: str) -> str:
-    """`memory_cpu_memory.json` -> the scale `cpu`."""
-    return f"scale `{name.removesuffix('_memory.json').rpartition('_')[2]}`"
+    """`memory_cpu_memory.json` -> `cpu`."""
+    return name.removesuffix(".json").removesuffix("_memory").rpartition("_")[2]
 
 
 def mean_by_iteration(values: list[list[float]]) -> str:
     """`[L][C]` -> the means over the layers."""
     return ", ".join(f"{statistics.mean(layers):.3f}" for layers in zip(*values, strict=True))
+
+
+def compare_forms(runs: list[dict]) -> list[dict]:
+    """The forms of a search: each one's differences to Mixtral's block with the same seed, learning rate, length and
+    first weights, the best form first."""
+    same = ("seed", "learning_rate", "steps", "initializer_range", "draw_by_name")
+    baseline = {tuple(run[key] for key in same): run["validation_loss"] for run in runs if run["form"] == "Mixtral"}
+    forms = {}
+    for run in runs:
+        key = tuple(run[key] for key in same)
+        if run["draw_by_name"] and run["form"] != "Mixtral" and key in baseline:
+            form = forms.setdefault((run["form"], run["steps"], run["learning_rate"]), [])
+            form.append(run["validation_loss"] - baseline[key])
+    rows = [
+        {"form": form, "steps": steps, "learning_rate": rate, "differences": differences}
+        for (form, steps, rate), differences in forms.items()
+    ]
+    return sorted(rows, key=lambda row: (row["steps"], row["learning_rate"], statistics.mean(row["differences"])))
 
 
 def describe(name: str, result: dict) -> dict:
@@ -81,7 +100,8 @@ def describe(name: str, result: dict) -> dict:
         row: content | {"solved": statistics.mean(run["share_solved"] or 0 for run in content["runs"])}
         for row, content in result["rows"].items()
     }
-    return result | {"file": name, "picture": f"{Path(name).stem}.png", "rows": rows}
+    pictures = [path.name for path in sorted(RESULTS.glob(f"{Path(name).stem}*.png"))]
+    return result | {"file": name, "scale_name": scale_of(name), "pictures": pictures, "rows": rows}
 
 
 if __name__ == "__main__":
