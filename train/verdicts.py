@@ -36,7 +36,10 @@ def render() -> str:
         if name.startswith("routing_"):
             routings[name] = result
         elif name.startswith("search_"):
-            searches[name] = result | {"forms": compare_forms(result["runs"]), "descriptions": result["forms"]}
+            searches[name] = result | {
+                "comparison": compare_forms(result["runs"]),
+                "by_width": compare_first_weights(result["runs"]),
+            }
         elif "claims" in result:
             (memory if name.endswith("_memory.json") else losses)[name] = result
         else:
@@ -92,6 +95,16 @@ def compare_forms(runs: list[dict]) -> list[dict]:
         for (form, steps, rate), differences in forms.items()
     ]
     return sorted(rows, key=lambda row: (row["steps"], row["learning_rate"], statistics.mean(row["differences"])))
+
+
+def compare_first_weights(runs: list[dict]) -> dict[tuple[str, float], list[float]]:
+    """Losses of two blocks, by the width of their first weights, after equally many steps at one learning rate."""
+    losses = {}
+    for run in runs:
+        if run["form"] in ("Mixtral", "nested") and not run["draw_by_name"]:
+            if run["learning_rate"] == 0.004 and run["steps"] == 400:
+                losses.setdefault((run["form"], run["initializer_range"]), []).append(run["validation_loss"])
+    return losses
 
 
 def describe(name: str, result: dict) -> dict:
