@@ -41,7 +41,7 @@ def test_every_suite_runs_and_records_shape_machine_and_all_contestants(tiny, tm
     results = json.loads(output.read_text())
     assert set(results) == set(benchmark.SUITES)
     for suite in results.values():
-        assert {"commit", "torch", "transformers", "device", "threads", "clock"} <= set(suite["machine"])
+        assert {"commit", "versions", "device", "threads", "clock"} <= set(suite["machine"])
         assert suite["size"]["model"] == TINY["model"]
     own_shape, paper_shape = results["block"]["results"].values()
     assert set(own_shape) == {*benchmark.MIXTRAL, *benchmark.CHAINS} and set(paper_shape) == set(benchmark.NO_LOOPS)
@@ -105,4 +105,4 @@ def test_bad_arguments_are_refused(arguments, capsys):
 def test_committed_results_say_where_they_come_from(file):
     for suite, result in json.loads(file.read_text()).items():
         assert suite in benchmark.SUITES
-        assert result["machine"]["commit"] and result["machine"]["torch"] and result["machine"]["device"]
+        assert result["machine"]["commit"] and result["machine"]["versions"]["torch"] and result["machine"]["device"]

@@ -18,9 +18,7 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -30,9 +28,10 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from checkpoints import write_json
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, training_memory
-from report import peak_bytes
+from report import environment, peak_bytes
 
 
 BASELINE = "mixtral MoE(8/64) grouped_mm"
@@ -278,21 +277,8 @@ SUITES = {
 
 
 def machine(size: dict) -> dict:
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    cpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-    cpu = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("Model name")), "unknown")
-    return {
-        "commit": commit or None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if size["device"] == "cuda" else f"{cpu}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "clock": "CPU time of the process" if size["device"] == "cpu" else "wall time",
-        "load_average": os.getloadavg(),
-    }
+    clock = "CPU time of the process" if size["device"] == "cpu" else "wall time"
+    return environment(torch.device(size["device"])) | {"clock": clock, "load_average": os.getloadavg()}
 
 
 def main(arguments: list[str] | None = None):
@@ -318,7 +304,7 @@ def main(arguments: list[str] | None = None):
         results[suite] = {"machine": where, "size": size, "results": measured}
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(options.output, results)
 
 
 if __name__ == "__main__":

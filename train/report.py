@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -152,13 +153,13 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict:
-    """Device, versions and commit, for the record of a result; the commit is None outside a git checkout."""
+    """Device, versions of what is installed, and commit, for the record of a result; None outside a git checkout."""
     names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} (CPU)",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(name) for name in names if find_spec(name)},
         "commit": _commit(),
     }
 
