@@ -4,6 +4,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import SMALL, build, whitespace_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
+
+import verdicts
 
 
 ROOT = Path(__file__).parent.parent
@@ -95,14 +98,39 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     assert min(papers) - mean["Mixtral MoE(8/64)"] > 0.12
     assert round(mean["paper's CoE-2(4/64)"] - mean["nested CoE-2(4/64)"], 2) == 0.13
     assert abs(mean["nested CoE-2(4/64)"] - mean["Mixtral MoE(8/64)"]) < 0.03
-    verdicts = {
-        (claim["row"], claim["than"]): claim["verdict"]
-        for table in ("equal_compute_cpu", "ablations_cpu")
+    judged = {
+        (table, claim["row"], claim["than"]): (claim["verdict"], claim["difference"])
+        for table in ("equal_compute_cpu", "equal_compute_tiny", "ablations_cpu", "width_tiny")
         for claim in result(table)["claims"]
     }
-    assert verdicts["paper's CoE-2(4/64)", "paper's MoE(8/64)"] == "undecided"
-    assert verdicts["paper's CoE-2(8/64)", "CoE-2(8/64) outer residual"] == "confirmed"
-    assert verdicts["paper's CoE-2(8/64)", "CoE-2(8/64) shared gate"] != "confirmed"
+    chain, moe = "paper's CoE-2(4/64)", "paper's MoE(8/64)"
+    assert judged["equal_compute_cpu", chain, moe][0] == "undecided"
+    assert judged["equal_compute_tiny", chain, moe] == ("refuted", pytest.approx(0.04, abs=0.005))
+    wide = judged["width_tiny", "paper's CoE-2(8/64)", "paper's MoE(16/64)"]
+    assert wide == ("refuted", pytest.approx(0.05, abs=0.005))
+    rows = result("equal_compute_tiny")["rows"]
+    nested = [rows[name]["mean_validation_loss"] for name in rows if not name.startswith("paper")]
+    assert ", ".join(f"{loss:.2f}" for loss in nested) in README
+    for comparison, (verdict, _) in judged.items():
+        if comparison[0].startswith("equal_compute") and "paper" not in comparison[2]:
+            assert verdict != "confirmed", "a chain beat one wide choice"
+
+
+def test_what_the_readme_says_of_the_search_is_what_was_tried():
+    runs = result("search_tiny")["runs"]
+    assert len(runs) > 70
+    assert all(run["form"] in result("search_tiny")["forms"] for run in runs)
+    mean = {
+        (row["form"], row["dataset"], row["steps"]): statistics.mean(row["differences"])
+        for row in verdicts.compare_forms(runs)
+        if row["form"] != "one_choice+parallel"  # Mixtral's block by another way
+    }
+    assert min(mean.values()) > 0, "a form ended below Mixtral's block"
+    short = {
+        form: difference for (form, dataset, steps), difference in mean.items() if (dataset, steps) == ("gsm8k", 400)
+    }
+    best = sorted(short, key=short.get)[:2]
+    assert all(form.startswith("one_choice") and short[form] < 0.02 for form in best)
 
 
 def test_links_and_pictures_exist():

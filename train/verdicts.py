@@ -82,19 +82,18 @@ def mean_by_iteration(values: list[list[float]]) -> str:
 def compare_forms(runs: list[dict]) -> list[dict]:
     """The forms of a search: each one's differences to Mixtral's block with the same seed, learning rate, length and
     first weights, the best form first."""
-    same = ("seed", "learning_rate", "steps", "initializer_range", "draw_by_name")
-    baseline = {tuple(run[key] for key in same): run["validation_loss"] for run in runs if run["form"] == "Mixtral"}
+    same = ("dataset", "seed", "learning_rate", "steps", "initializer_range", "draw_by_name")
+    baseline = {tuple(run[key] for key in same): run for run in runs if run["form"] == "Mixtral"}
     forms = {}
     for run in runs:
         key = tuple(run[key] for key in same)
         if run["draw_by_name"] and run["form"] != "Mixtral" and key in baseline:
-            form = forms.setdefault((run["form"], run["steps"], run["learning_rate"]), [])
-            form.append(run["validation_loss"] - baseline[key])
-    rows = [
-        {"form": form, "steps": steps, "learning_rate": rate, "differences": differences}
-        for (form, steps, rate), differences in forms.items()
-    ]
-    return sorted(rows, key=lambda row: (row["steps"], row["learning_rate"], statistics.mean(row["differences"])))
+            row = {name: run[name] for name in ("form", "dataset", "steps", "learning_rate")}
+            row = forms.setdefault(tuple(row.values()), row | {"differences": [], "solved": []})
+            row["differences"].append(run["validation_loss"] - baseline[key]["validation_loss"])
+            row["solved"].append((run["share_solved"], baseline[key]["share_solved"]))
+    order = ("dataset", "steps", "learning_rate")
+    return sorted(forms.values(), key=lambda row: (*(row[key] for key in order), statistics.mean(row["differences"])))
 
 
 def compare_first_weights(runs: list[dict]) -> dict[tuple[str, float], list[float]]:
@@ -102,7 +101,7 @@ def compare_first_weights(runs: list[dict]) -> dict[tuple[str, float], list[floa
     losses = {}
     for run in runs:
         if run["form"] in ("Mixtral", "nested") and not run["draw_by_name"]:
-            if run["learning_rate"] == 0.004 and run["steps"] == 400:
+            if (run["dataset"], run["learning_rate"], run["steps"]) == ("gsm8k", 0.004, 400):
                 losses.setdefault((run["form"], run["initializer_range"]), []).append(run["validation_loss"])
     return losses
 
