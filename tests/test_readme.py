@@ -108,6 +108,10 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     assert judged["equal_compute_tiny", chain, moe] == ("refuted", pytest.approx(0.04, abs=0.005))
     wide = judged["width_tiny", "paper's CoE-2(8/64)", "paper's MoE(16/64)"]
     assert wide == ("refuted", pytest.approx(0.05, abs=0.005))
+    over_sizes, *_ = result("frontier_tiny")["claims"]
+    assert over_sizes["verdict"] == "refuted" and round(over_sizes["difference"], 2) == 0.06
+    frontier = {name: row["mean_validation_loss"] for name, row in result("frontier_tiny")["rows"].items()}
+    assert frontier["MoE(8/16)"] < frontier["CoE-2(4/64)"]  # a quarter of the experts, one iteration
     rows = result("equal_compute_tiny")["rows"]
     nested = [rows[name]["mean_validation_loss"] for name in rows if not name.startswith("paper")]
     assert ", ".join(f"{loss:.2f}" for loss in nested) in README

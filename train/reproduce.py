@@ -440,6 +440,7 @@ def plot_frontier(rows: dict, path: Path):
     points = {
         name: {"parameters": row["parameters"] / 1e6, "flops_ratio": row["flops_ratio"]} for name, row in rows.items()
     }
+    colors = {}
     for axis, (key, same) in zip(axes, (("parameters", "flops_ratio"), ("flops_ratio", "parameters")), strict=True):
         lines = {}
         for name, point in points.items():
@@ -447,12 +448,15 @@ def plot_frontier(rows: dict, path: Path):
                 continue
             config = CoEConfig(**rows[name]["config"])
             lines.setdefault((config.num_iterations, config.residual, config.num_hidden_layers), []).append(name)
-        for names in lines.values():
+        for kind, names in lines.items():
+            color = colors.setdefault(kind, f"C{len(colors)}")
             names.sort(key=lambda name: points[name][key])
             losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in names]
             means = [statistics.mean(seeds) for seeds in losses]
             spread = [[abs(f(seeds) - mean) for seeds, mean in zip(losses, means, strict=True)] for f in (min, max)]
-            axis.errorbar([points[name][key] for name in names], means, spread, fmt="o-", capsize=3, linewidth=1.2)
+            axis.errorbar(
+                [points[name][key] for name in names], means, spread, fmt="o-", color=color, capsize=3, linewidth=1.2
+            )
             for name, mean in zip(names, means, strict=True):
                 axis.annotate(name, (points[name][key], mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.grid(color="0.92")
