@@ -109,8 +109,18 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     wide = judged["width_tiny", "paper's CoE-2(8/64)", "paper's MoE(16/64)"]
     assert wide == ("refuted", pytest.approx(0.05, abs=0.005))
     over_sizes, *_ = result("frontier_tiny")["claims"]
-    assert over_sizes["verdict"] == "refuted" and round(over_sizes["difference"], 2) == 0.06
-    frontier = {name: row["mean_validation_loss"] for name, row in result("frontier_tiny")["rows"].items()}
+    assert round(over_sizes["difference"], 2) == 0.06 and [round(end, 2) for end in over_sizes["interval"]] == [
+        -0.02,
+        0.14,
+    ]
+    rows = result("frontier_tiny")["rows"]
+    pairs = [
+        (run["validation_loss"], other["validation_loss"])
+        for row, than in zip(over_sizes["row"], over_sizes["than"], strict=True)
+        for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
+    ]
+    assert len(pairs) == 12 and all(two > one for two, one in pairs)
+    frontier = {name: row["mean_validation_loss"] for name, row in rows.items()}
     assert frontier["MoE(8/16)"] < frontier["CoE-2(4/64)"]  # a quarter of the experts, one iteration
     rows = result("equal_compute_tiny")["rows"]
     nested = [rows[name]["mean_validation_loss"] for name in rows if not name.startswith("paper")]
@@ -123,6 +133,7 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
 def test_what_the_readme_says_of_the_search_is_what_was_tried():
     runs = result("search_tiny")["runs"]
     assert len(runs) > 70
+    assert len({run["form"] for run in runs} - {"Mixtral", "nested", "one_choice+parallel"}) == 16
     assert all(run["form"] in result("search_tiny")["forms"] for run in runs)
     mean = {
         (row["form"], row["dataset"], row["steps"]): statistics.mean(row["differences"])

@@ -229,14 +229,15 @@ def test_what_is_too_large_is_predicted_and_called_so():
     assert claim["basis_of_peak"] == "predicted" and claim["saving"] == {"peak": 0.5, "parameters": 0.5}
 
 
-def test_a_claim_about_several_pairs_judges_all_their_differences_together():
+def test_in_a_claim_about_several_pairs_a_seed_counts_once():
     losses = {"a": [1.0, 1.2], "b": [1.1, 1.2], "c": [2.0, 2.1], "d": [2.3, 2.2]}
     rows = {name: {"runs": [{"validation_loss": loss} for loss in seeds]} for name, seeds in losses.items()}
     claim = Claim("", ["a", "c"], ["b", "d"])
     assert claim.pairs == [("a", "b"), ("c", "d")]
     judged = reproduce.judge(claim, rows)
-    # differences -0.1, 0, -0.3, -0.1: mean -0.125, standard deviation 0.1258, t(3 degrees of freedom) = 3.182
-    assert judged["difference"] == -0.125 and judged["interval"] == pytest.approx([-0.3252, 0.0752], abs=2e-4)
+    # differences -0.1 and -0.3 of the first seed, 0 and -0.1 of the second: means -0.2 and -0.05, standard error
+    # 0.075, t(1 degree of freedom) = 12.706
+    assert judged["difference"] == -0.125 and judged["interval"] == pytest.approx([-1.078, 0.828], abs=1e-3)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

@@ -37,11 +37,8 @@ from modeling_coe.budget import TrainingSetup, count_parameters, training_flops,
 from report import environment, peak_bytes
 
 
-# Student's t, two-sided 95 %, by the number of differences.
-T_95 = dict(enumerate(
-    [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045], start=2,
-))  # fmt: skip
+# Student's t, two-sided 95 %, by the number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 EQUAL_COMPUTE = 0.05
 
 
@@ -80,8 +77,9 @@ class Scale:
 class Claim:
     """`row` ends at a held-out loss lower than `than`; with `as_good`, at one no higher.
 
-    Lists of rows are compared pair by pair, and all differences judged together. Differences below `margin` nats do
-    not count. `published` are the paper's losses of both.
+    Lists of rows are compared pair by pair, and a seed counts once, with its mean over the pairs: it has the same
+    documents and first weights in all of them. Differences below `margin` nats do not count. `published` are the
+    paper's losses of both.
     """
 
     claim: str
@@ -339,11 +337,14 @@ def judge(claim: Claim, rows: dict) -> dict:
     Confirmed: the interval lies on the claim's side, and the mean beyond the margin. Refuted: the interval excludes
     what the claim says. Undecided: neither.
     """
-    differences = [
-        run["validation_loss"] - other["validation_loss"]
+    by_pair = [
+        [
+            run["validation_loss"] - other["validation_loss"]
+            for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
+        ]
         for row, than in claim.pairs
-        for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
     ]
+    differences = [statistics.mean(pairs) for pairs in zip(*by_pair, strict=True)]
     mean = statistics.mean(differences)
     half = T_95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
     if claim.as_good:
