@@ -122,6 +122,11 @@ def test_contestants_start_with_the_same_weights_where_they_have_the_same_module
             assert weight.std().item() == pytest.approx(SMALL["initializer_range"], rel=0.1)
 
 
+def test_a_checkpoint_is_not_drawn_anew(tmp_path):
+    with pytest.raises(ValueError, match=r"draw_by_name.*has weights"):
+        pretrain.build_model(ModelArguments(model=str(tmp_path)), None, 8, None, None, draw_seed=0)
+
+
 def test_a_run_that_fails_names_its_log_and_leaves_the_others(tmp_path, trained, monkeypatch):
     scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
     monkeypatch.setattr(reproduce, "load_scale", lambda options: reproduce.replace(scale, seeds=[0, 9]))

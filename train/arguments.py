@@ -38,10 +38,6 @@ class ModelArguments:
         default="float32",
         metadata={"help": "Of the weights: `float32`, or `bfloat16` with an optimizer that rounds stochastically."},
     )
-    draw_by_name: bool = field(
-        default=False,
-        metadata={"help": "Presets: equal modules of different models start with equal weights, for comparisons."},
-    )
 
     def __post_init__(self):
         if not self.model:
@@ -142,6 +138,12 @@ class PretrainArguments(TrainingArguments):
     skip_logits: bool = field(
         default=False,
         metadata={"help": "Compute the same training loss in less memory, without the full logits."},
+    )
+    draw_by_name: bool = field(
+        default=False,
+        metadata={
+            "help": "From a preset, equal modules of different models start with equal weights, for comparisons."
+        },
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs every column."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})

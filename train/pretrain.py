@@ -102,9 +102,13 @@ def build_model(
     sequence_length: int,
     layout: DistributedConfig | None,
     resumed: Path | None,
-    seed: int,
+    draw_seed: int | None,
 ):
     """A model with random weights from a preset, or the pretrained one of a checkpoint; sharded by a layout."""
+    if draw_seed is not None and not is_preset(arguments.model):
+        raise ValueError(
+            f"`draw_by_name=True` draws first weights, but `model={arguments.model}` has weights; drop it."
+        )
     config = AutoConfig.from_pretrained(arguments.model)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
@@ -118,8 +122,8 @@ def build_model(
     if not is_preset(source):
         return AutoModelForCausalLM.from_pretrained(source, config=config, distributed_config=layout, **options)
     model = AutoModelForCausalLM.from_config(config, **options)
-    if arguments.draw_by_name:
-        draw_by_name(model, seed)
+    if draw_seed is not None:
+        draw_by_name(model, draw_seed)
     if layout is None:
         return model
     # Every rank draws the same weights and keeps its part of them.
@@ -178,7 +182,8 @@ def main(arguments: list[str] | None = None):
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
     checkpoint = newest_checkpoint(output)
-    model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, training.seed)
+    draw_seed = training.seed if training.draw_by_name else None
+    model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, draw_seed)
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
         fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)

@@ -434,32 +434,26 @@ def plot(title: str, rows: dict, path: Path):
 
 def plot_frontier(rows: dict, path: Path):
     """The held-out loss that memory buys at the first row's compute, and that compute buys in its memory, a line for
-    every number of iterations; bars from the lowest to the highest seed."""
+    every number of iterations and layers; bars from the lowest to the highest seed."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    first = next(iter(rows.values()))
-    base = {"parameters": first["parameters"] / 1e6, "flops_ratio": 1.0}
-    points = {
-        name: {"parameters": row["parameters"] / 1e6, "flops_ratio": row["flops_ratio"]} for name, row in rows.items()
-    }
-    colors = {}
-    for axis, (key, same) in zip(axes, (("parameters", "flops_ratio"), ("flops_ratio", "parameters")), strict=True):
+    first, colors = next(iter(rows.values())), {}
+    panels = (("parameters", "flops_ratio", 1e6), ("flops_ratio", "parameters", 1))
+    for axis, (key, same, unit) in zip(axes, panels, strict=True):
         lines = {}
-        for name, point in points.items():
-            if abs(point[same] / base[same] - 1) > EQUAL_COMPUTE:
-                continue
-            config = CoEConfig(**rows[name]["config"])
-            lines.setdefault((config.num_iterations, config.residual, config.num_hidden_layers), []).append(name)
+        for name, row in rows.items():
+            if abs(row[same] / first[same] - 1) <= EQUAL_COMPUTE:
+                config = CoEConfig(**row["config"])
+                lines.setdefault((config.num_iterations, config.num_hidden_layers), []).append(name)
         for kind, names in lines.items():
             color = colors.setdefault(kind, f"C{len(colors)}")
-            names.sort(key=lambda name: points[name][key])
+            names.sort(key=lambda name: rows[name][key])
+            amounts = [rows[name][key] / unit for name in names]
             losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in names]
             means = [statistics.mean(seeds) for seeds in losses]
             spread = [[abs(f(seeds) - mean) for seeds, mean in zip(losses, means, strict=True)] for f in (min, max)]
-            axis.errorbar(
-                [points[name][key] for name in names], means, spread, fmt="o-", color=color, capsize=3, linewidth=1.2
-            )
-            for name, mean in zip(names, means, strict=True):
-                axis.annotate(name, (points[name][key], mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
+            axis.errorbar(amounts, means, spread, fmt="o-", color=color, capsize=3, linewidth=1.2)
+            for name, *point in zip(names, amounts, means, strict=True):
+                axis.annotate(name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="parameters (millions)", ylabel="held-out loss (nats per token)", title="at equal compute")
