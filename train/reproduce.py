@@ -6,7 +6,7 @@
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
 times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
-lowest held-out loss runs with the others.
+lowest held-out loss runs with the others. A table may have `seeds` of its own in place of the scale's.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
 
@@ -59,11 +59,13 @@ class ReproduceArguments:
 
 @dataclass(frozen=True)
 class Scale:
-    """At which size a table runs: a recipe of train/pretrain.py, the learning rates to try, the seeds."""
+    """At which size a table runs: a recipe of train/pretrain.py, the learning rates to try, the seeds; `fields` are
+    those in which its models differ from the recipe's preset."""
 
     recipe: dict
     learning_rates: list[float]
     seeds: list[int]
+    fields: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.learning_rates or len(self.seeds) not in T_95:
@@ -119,6 +121,7 @@ class Table:
     claims: list[Claim]
     memory_claims: list[MemoryClaim]
     frontier: bool = False
+    seeds: list[int] | None = None
 
     def __post_init__(self):
         for claim in (*self.claims, *self.memory_claims):
@@ -147,6 +150,8 @@ class Contestant:
 def main(arguments: list[str] | None = None):
     (options,) = parse(ReproduceArguments, arguments=arguments)
     table, scale = load_table(Path(options.table)), load_scale(options)
+    if table.seeds is not None:
+        scale = replace(scale, seeds=table.seeds)
     contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
     check_compute(table, contestants)
     output = Path(options.results_dir)
@@ -218,9 +223,9 @@ def build_contestant(row: dict, scale: Scale) -> Contestant:
     fields = dict(row)
     depth, length = fields.pop("depth", 1), fields.pop("length", 1)
     recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
-    preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8"))
-    if unknown := fields.keys() - CoEConfig.__dataclass_fields__.keys():
-        raise ValueError(f"The row's {sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe`.")
+    preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
+    if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
+        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe` of a row.")
     return Contestant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
 
 
@@ -405,7 +410,7 @@ def plot(title: str, rows: dict, path: Path):
     """Left the training loss, a line through the mean of the seeds in a band from the lowest to the highest; right the
     held-out loss of every seed."""
     figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colors = plt.get_cmap("tab10").colors
+    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
     for index, row in enumerate(rows.values()):
         color = colors[index % len(colors)]
         steps = [step for step, _ in row["runs"][0]["train_curve"]]
