@@ -72,7 +72,8 @@ def test_a_run_leaves_a_model_that_loads_its_tokenizer_its_curve_and_its_facts(w
     facts = json.loads((whole_run / "facts.json").read_text())
     assert facts["validation_loss"] == rows[-1]["eval_loss"]
     assert facts["tokens"] == rows[-1]["num_input_tokens_seen"] > 1000
-    assert facts["versions"]["torch"] == torch.__version__ and facts["scored_problems"] == 5
+    assert facts["learning_rate"] == 3e-3 and facts["versions"]["torch"] == torch.__version__
+    assert facts["scored_problems"] == 5
     assert len(json.loads((whole_run / "samples.json").read_text())) == 5
     assert (whole_run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -22,6 +22,8 @@ def test_kinds_are_told_by_the_text_of_a_token():
 def test_script_writes_numbers_and_pictures_of_a_checkpoint(tmp_path, iterations):
     build(num_iterations=iterations).save_pretrained(tmp_path / "model")
     whitespace_tokenizer().save_pretrained(tmp_path / "model")
+    made = {"learning_rate": 0.004, "seed": 1, "model": "/home/someone/preset.json"}
+    (tmp_path / "model" / "facts.json").write_text(json.dumps(made))
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"question": f"w{i} w5", "answer": f"w{i + 1} w9 #"}) + "\n" for i in range(3, 13))
     )
@@ -29,6 +31,7 @@ def test_script_writes_numbers_and_pictures_of_a_checkpoint(tmp_path, iterations
                "output_dir": tmp_path / "routing"}  # fmt: skip
     show_routing.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
     facts = json.loads((tmp_path / "routing" / "routing.json").read_text())
+    assert facts["trained"] == {"learning_rate": 0.004, "seed": 1}  # and nothing of somebody's machine
     assert facts["documents"] == 4 and facts["tokens"] > 8
     for name in ("entropy_of_load", "change_of_state", "specialisation_by_kind_of_token"):
         assert [len(row) for row in facts[name]] == [iterations] * 2

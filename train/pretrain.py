@@ -245,6 +245,7 @@ def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seco
         "train_seconds": round(seconds, 1),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "peak_memory_gib": round(peak_memory(trainer.args.device), 3),
+        "learning_rate": trainer.args.learning_rate,
         "seed": trainer.args.seed,
         **environment(trainer.args.device),
     }

@@ -19,10 +19,11 @@ from arguments import DataArguments, ModelArguments, parse
 from checkpoints import prepare_output, write_json
 from data import load_documents, load_tokenizer
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
-from report import environment
+from report import environment, facts_of
 
 
 KINDS = ("digits", "words", "signs")
+TRAINED = ("steps", "tokens", "learning_rate", "seed", "validation_loss", "commit")
 
 
 @dataclass
@@ -77,8 +78,13 @@ def main(arguments: list[str] | None = None):
     routing = record_routing(model, inputs.input_ids, inputs.attention_mask)
     kinds = kinds_of(inputs.input_ids[inputs.attention_mask.bool()], tokenizer)
     summary = summarise(routing, kinds)
-    facts = {"config": model.config.to_diff_dict(), "documents": len(documents), **summary}
-    write_json(output / "routing.json", facts | environment(model.device))
+    trained = facts_of(model_arguments.model) or {}
+    facts = {
+        "config": model.config.to_diff_dict(),
+        "trained": {name: trained[name] for name in TRAINED if name in trained},
+        "documents": len(documents),
+    }
+    write_json(output / "routing.json", facts | summary | environment(model.device))
     plot_routing(routing).savefig(output / "load.png", dpi=130)
     if model.config.num_iterations > 1:
         plot_transitions(routing).savefig(output / "transitions.png", dpi=130)
