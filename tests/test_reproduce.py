@@ -94,10 +94,10 @@ def test_every_contestant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_t
     assert (tmp_path / "results" / "table_cpu_frontier.png").stat().st_size > 10_000
 
 
-def test_a_table_s_own_seeds_take_the_place_of_the_scale_s(tmp_path, trained):
-    result = run_table(tmp_path, "seeds: [3, 0, 1, 2]" + TABLE)
-    assert [run["seed"] for run in result["rows"]["two"]["runs"]] == result["scale"]["seeds"] == [3, 0, 1, 2]
-    assert sum(seed == 3 for _, _, seed in trained) == 6
+def test_a_table_s_own_seeds_and_rates_take_the_place_of_the_scale_s(tmp_path, trained):
+    result = run_table(tmp_path, "scale: {seeds: [3, 0], learning_rates: [1.0e-3, 3.0e-3]}" + TABLE)
+    assert [run["seed"] for run in result["rows"]["two"]["runs"]] == result["scale"]["seeds"] == [3, 0]
+    assert {rate for _, rate, _ in trained} == {1e-3, 3e-3} and sum(seed == 3 for _, _, seed in trained) == 4
 
 
 def test_a_longer_row_trains_and_decays_longer_and_costs_so_much_more(tmp_path):

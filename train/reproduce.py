@@ -6,7 +6,7 @@
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
 times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
-lowest held-out loss runs with the others. A table may have `seeds` of its own in place of the scale's.
+lowest held-out loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
 
@@ -116,12 +116,14 @@ class MemoryClaim:
 
 @dataclass(frozen=True)
 class Table:
+    """Contestants and what is claimed of them; `scale` has the fields in which the table differs from its scale."""
+
     question: str
     rows: dict[str, dict]
     claims: list[Claim]
     memory_claims: list[MemoryClaim]
     frontier: bool = False
-    seeds: list[int] | None = None
+    scale: dict = field(default_factory=dict)
 
     def __post_init__(self):
         for claim in (*self.claims, *self.memory_claims):
@@ -149,9 +151,8 @@ class Contestant:
 
 def main(arguments: list[str] | None = None):
     (options,) = parse(ReproduceArguments, arguments=arguments)
-    table, scale = load_table(Path(options.table)), load_scale(options)
-    if table.seeds is not None:
-        scale = replace(scale, seeds=table.seeds)
+    table = load_table(Path(options.table))
+    scale = replace(load_scale(options), **table.scale)
     contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
     check_compute(table, contestants)
     output = Path(options.results_dir)
