@@ -425,7 +425,7 @@ def plot(title: str, rows: dict, path: Path):
     curves.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
     curves.yaxis.set_major_formatter("{x:g}")
     curves.yaxis.set_minor_formatter("{x:g}")
-    ends.set(xlabel="held-out loss after the last step (nats per token), a dot a seed")
+    ends.set_xlabel("held-out loss after the last step (nats per token), a dot a seed", loc="right")
     ends.set_yticks(range(len(rows)), rows, fontsize=9)
     for tick, color in zip(ends.get_yticklabels(), colors * len(rows), strict=False):
         tick.set_color(color)
@@ -469,8 +469,9 @@ def plot_frontier(rows: dict, path: Path):
 
 
 def print_results(rows: dict, claims: list[dict]):
+    width = max(map(len, rows))
     for name, row in rows.items():
-        print(f"{name:32}{row['parameters'] / 1e6:10.2f} M parameters", end="")
+        print(f"{name:{width}}{row['parameters'] / 1e6:10.2f} M parameters", end="")
         if "peak_bytes" in row:
             measured = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
             print(f"   peak {measured}, predicted {row['predicted_bytes'] / 2**20:.0f} MiB")
