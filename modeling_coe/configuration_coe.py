@@ -45,9 +45,9 @@ QK_NORMS = (None, "head", "full")
     independent_gating (`bool`, *optional*, defaults to `True`):
         A router per iteration; `False` shares one router between the iterations (the paper's ablation).
     norm_topk_prob (`bool`, *optional*, defaults to `True`):
-        Renormalise the K routing weights to sum to one (Mixtral, Qwen3-MoE); `False` keeps the softmax values
-        (OLMoE, the paper). A single expert (K = 1) wants `False`: renormalised, its weight is always 1 and the
-        router learns from the balancing loss alone.
+        Renormalise the K routing weights of every iteration to sum to one (Mixtral, Qwen3-MoE), those of a layer to
+        C; `False` keeps the softmax values (OLMoE, the paper). A single expert (K = 1) wants `False`: renormalised,
+        its weight is always 1 and the router learns from the balancing loss alone.
     iteration_scale (`bool`, *optional*, defaults to `False`):
         Learn one scalar per iteration on that iteration's output. Upcycled checkpoints start it at 1, 0, 0, ...
     qk_norm (`str`, *optional*):
