@@ -93,7 +93,8 @@ def test_quoted_results_are_the_committed_ones():
 
 
 def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
-    tables = ("equal_compute_small", "equal_compute_tiny", "seeds_tiny", "longer_tiny", "width_tiny", "beyond_tiny")
+    tables = [f"equal_compute_{scale}" for scale in ("cpu", "small", "tiny")]
+    tables += ["seeds_tiny", "longer_tiny", "width_tiny", "beyond_tiny"]
     judged = {
         (table, claim["row"], claim["than"]): (claim["verdict"], round(claim["difference"], 2))
         for table in tables
@@ -109,6 +110,7 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     verdict, behind = judged["equal_compute_tiny", chain, moe]
     assert verdict == "refuted" and f"CoE-2(4/64) ends {behind:.2f} above its own baseline" in said
     assert judged["equal_compute_small", chain, moe] == ("undecided", -0.01)
+    assert judged["equal_compute_cpu", chain, moe][0] == "undecided"
     verdict, behind = judged["width_tiny", "paper's CoE-2(8/64)", "paper's MoE(16/64)"]
     assert verdict == "refuted" and f"CoE-2(8/64) ends {behind:.2f} above MoE(16/64)" in said
     verdict, behind = judged["beyond_tiny", "nested CoE-2(4/64), shared expert", nested]
