@@ -104,6 +104,12 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     nested, mixtral, chain, moe = "nested CoE-2(4/64)", "Mixtral MoE(8/64)", "paper's CoE-2(4/64)", "paper's MoE(8/64)"
     verdict, lead = judged["equal_compute_small", nested, mixtral]
     assert verdict == "confirmed" and f"ends {-lead:.2f} nats below Mixtral's block" in said
+    widths = result("first_weights_small")
+    best = [min(row["mean_validation_loss"] for name, row in widths["rows"].items() if name.startswith(form))
+            for form in ("nested", "Mixtral")]  # fmt: skip
+    assert "the chain and Mixtral's block end at {:.2f} and {:.2f}".format(*best) in said
+    verdict, behind = widths["claims"][2]["verdict"], widths["claims"][2]["difference"]
+    assert verdict == "refuted" and f"from wider ones the chain ends {behind:.2f} above" in said
     (verdict, seeds), (later, steps) = (judged[table, nested, mixtral] for table in ("seeds_tiny", "longer_tiny"))
     assert verdict == later == "refuted" and len(result("seeds_tiny")["scale"]["seeds"]) == 10
     assert f"nested chain {seeds:.2f} above Mixtral's block, three times the steps {steps:.2f} above" in said
