@@ -110,6 +110,15 @@ def test_a_longer_row_trains_and_decays_longer_and_costs_so_much_more(tmp_path):
     assert thrice.recipe == once.recipe | {"max_steps": 1200, "eval_steps": 1200, "lr_scheduler_kwargs": decay}
 
 
+def test_a_row_s_fields_go_before_the_scale_s_and_those_before_the_preset_s():
+    scale = reproduce.load_scale(ReproduceArguments(table="", scale="small"))
+    preset = json.loads(Path(scale.recipe["model"]).read_text())
+    assert reproduce.build_contestant({}, scale).preset == preset | {"initializer_range": 0.057}
+    assert reproduce.build_contestant({"initializer_range": 0.04}, scale).config.initializer_range == 0.04
+    with pytest.raises(ValueError, match="initializer_rang.*no fields"):
+        reproduce.build_contestant({}, reproduce.replace(scale, fields={"initializer_rang": 0.04}))
+
+
 def test_contestants_start_with_the_same_weights_where_they_have_the_same_modules():
     def first_weights(seed, **fields):
         torch.manual_seed(1)
