@@ -115,7 +115,7 @@ def test_a_row_s_fields_go_before_the_scale_s_and_those_before_the_preset_s():
     preset = json.loads(Path(scale.recipe["model"]).read_text())
     assert reproduce.build_contestant({}, scale).preset == preset | {"initializer_range": 0.057}
     assert reproduce.build_contestant({"initializer_range": 0.04}, scale).config.initializer_range == 0.04
-    with pytest.raises(ValueError, match="initializer_rang.*no fields"):
+    with pytest.raises(ValueError, match=r"initializer_rang.*no fields"):
         reproduce.build_contestant({}, reproduce.replace(scale, fields={"initializer_rang": 0.04}))
 
 
