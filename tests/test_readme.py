@@ -94,7 +94,7 @@ def test_quoted_results_are_the_committed_ones():
 
 def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     tables = [f"equal_compute_{scale}" for scale in ("cpu", "small", "tiny")]
-    tables += ["seeds_tiny", "longer_tiny", "width_tiny", "beyond_tiny"]
+    tables += ["seeds_tiny", "longer_tiny", "width_tiny", "beyond_tiny", "ablations_cpu", "ablations_tiny"]
     judged = {
         (table, claim["row"], claim["than"]): (claim["verdict"], round(claim["difference"], 2))
         for table in tables
@@ -121,6 +121,11 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
     assert judged["equal_compute_cpu", chain, moe][0] == "undecided"
     verdict, behind = judged["width_tiny", "paper's CoE-2(8/64)", "paper's MoE(16/64)"]
     assert verdict == "refuted" and f"CoE-2(8/64) ends {behind:.2f} above MoE(16/64)" in said
+    residual = [
+        judged[f"ablations_{scale}", "paper's CoE-2(8/64)", "CoE-2(8/64) outer residual"] for scale in ("cpu", "tiny")
+    ]
+    assert [verdict for verdict, _ in residual] == ["confirmed"] * 2
+    assert "ends {:.2f} and {:.2f} higher".format(*(-lead for _, lead in residual)) in said
     verdict, behind = judged["beyond_tiny", "nested CoE-2(4/64), shared expert", nested]
     assert verdict == "refuted" and f"shared expert in the chain costs {behind:.2f}" in said
     for balancing in ("no balancing", "ten times the balancing"):
