@@ -3,6 +3,7 @@
 """What the README says is true: its snippets run, its commands and files exist, its tree is the tree."""
 
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -132,6 +133,7 @@ def test_what_the_readme_says_of_the_paper_s_claims_is_what_was_measured():
         rows = result("beyond_tiny")["rows"]
         difference = rows[f"{nested}, {balancing}"]["mean_validation_loss"] - rows[nested]["mean_validation_loss"]
         assert abs(difference) < 0.01
+    assert f"is {math.comb(64, 4) ** 2 / math.comb(64, 8):.0f}x by the paper's own formula" in said
     rows = result("equal_compute_tiny")["rows"].items()
     losses = [row["mean_validation_loss"] for name, row in rows if not name.startswith("paper")]
     assert ", ".join(f"{loss:.2f}" for loss in losses) in README
