@@ -87,7 +87,7 @@ def test_fine_tuning_lowers_the_held_out_loss_and_writes_facts(whole_run):
     facts = json.loads((whole_run / "facts.json").read_text())
     assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
-    assert {"torch", "transformers"} <= facts["versions"].keys()
+    assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
 
 
 def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):

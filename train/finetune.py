@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None):
             "train_seconds": round(result.metrics["train_runtime"], 1),
             "resumed_from": None if checkpoint is None else checkpoint.name,
             "peak_memory_gib": round(peak_memory(training.device), 3),
+            "learning_rate": training.learning_rate,
             "seed": training.seed,
             **environment(training.device),
         }
