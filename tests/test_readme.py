@@ -81,6 +81,8 @@ def benchmark_table():
 def test_quoted_results_are_the_committed_ones():
     assert benchmark_table() in README
     assert f"{result('pretrain_smoke')['share_solved']:.1%} of the held-out problems solved" in README
+    same, other = (run["share_solved"] for run in result("pretrain_smoke_repeated")["runs"])
+    assert f"ended with {same:.1%}, seed 1 with {other:.1%}" in " ".join(README.split())
     assert result("pretrain_gsm8k")["share_solved"] == 0
     losses = {run["name"]: run["validation_loss"] for run in result("healing_gsm8k")["runs"] if run["seed"] == 0}
     assert abs(losses["chain"] - losses["source"]) < 0.01 < losses["chain"] - losses["source, more steps"]
