@@ -1,16 +1,5 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The memory-efficient experts forward, `experts_implementation="coe"`, for CoE and every fused-expert model.
 
 Importing this file registers it: `model.set_experts_implementation("coe")` then works for Mixtral, OLMoE and the rest.

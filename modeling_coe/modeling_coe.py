@@ -1,16 +1,8 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
 #
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Attention, RoPE and the eager experts follow transformers' modeling_mixtral.py, changed for CoE:
+# Copyright 2023 Mistral AI and the HuggingFace Inc. team. All rights reserved. Apache-2.0.
 """PyTorch CoE: Mixtral's decoder with a chain of C routed iterations over one expert pool in place of the MoE block.
 
 Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, N experts, K experts per iteration,

@@ -12,7 +12,7 @@ import pytest
 from conftest import build
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from modeling_coe.cards import benchmark_results, energy_facts, model_facts, render_card, validate_metadata
+from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card, validate_metadata
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"

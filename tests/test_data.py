@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from arguments import DataArguments
-from data import as_problems, collate, final_answer, load_documents, load_tokenizer, pack, solve
 from modeling_coe import CoEConfig, CoEForCausalLM
-from word_problems import LEVELS, Level, word_problems
+from modeling_coe.train.arguments import DataArguments
+from modeling_coe.train.data import as_problems, collate, final_answer, load_documents, load_tokenizer, pack, solve
+from modeling_coe.train.word_problems import LEVELS, Level, word_problems
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from packaging import version
 from torch import distributed
 from transformers.distributed import DistributedConfig, load_optimizer_distributed, save_optimizer_distributed
 
-import plan
-from checkpoints import write_json
 from modeling_coe import CoEForCausalLM
 from modeling_coe.budget import TrainingSetup
-from modeling_coe.communication import Layout, rank_memory, traffic
-from report import environment
+from modeling_coe.train import plan
+from modeling_coe.train.checkpoints import write_json
+from modeling_coe.train.communication import Layout, rank_memory, traffic
+from modeling_coe.train.report import environment
 
 
 pytestmark = pytest.mark.skipif(

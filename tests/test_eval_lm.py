@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-import eval_lm
-from arguments import DataArguments
-from data import load_documents, load_tokenizer
 from modeling_coe import CoEConfig, CoEForCausalLM, lora_config
+from modeling_coe.train import eval_lm
+from modeling_coe.train.arguments import DataArguments
+from modeling_coe.train.data import load_documents, load_tokenizer
 
 
 @pytest.fixture(scope="module")

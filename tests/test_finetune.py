@@ -11,15 +11,19 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-import arguments
-import finetune
-import plan
-import publish
-from arguments import DataArguments, FinetuneArguments, LoraArguments, ModelArguments, PretrainArguments, parse
-from data import held_out_loss, load_documents, load_tokenizer, short_enough
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, largest_micro_batch, training_memory
-from report import routing_health
+from modeling_coe.train import arguments, finetune, plan, publish
+from modeling_coe.train.arguments import (
+    DataArguments,
+    FinetuneArguments,
+    LoraArguments,
+    ModelArguments,
+    PretrainArguments,
+    parse,
+)
+from modeling_coe.train.data import held_out_loss, load_documents, load_tokenizer, short_enough
+from modeling_coe.train.report import routing_health
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from modeling_coe import CoEConfig
+from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
 
 
 PROJECT = Path(__file__).parents[1]

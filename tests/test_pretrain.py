@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import pretrain
-from arguments import DataArguments, ModelArguments, PretrainArguments, parse
-from checkpoints import checkpoints, newest_checkpoint
+from modeling_coe.train import pretrain
+from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from modeling_coe.train.checkpoints import checkpoints, newest_checkpoint
 
 
 PROJECT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(whole_run, prese
 # One process that imports everything once and lets its children be killed, each at the place its parent names.
 KILLED_RUNS = """
 import os, signal, sys
-import pretrain, checkpoints
+from modeling_coe.train import checkpoints, pretrain
 from transformers import Trainer
 
 def kill(*args, **kwargs):

@@ -21,7 +21,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from test_checkpoint import run_without_the_package
 from transformers import AutoModelForCausalLM
 
-import publish
+from modeling_coe.train import publish
 from train.report import environment
 
 
@@ -180,7 +180,7 @@ def test_bad_token_fails_before_any_work(hub, tmp_path, monkeypatch):
 def test_upload_killed_in_the_middle_publishes_nothing_and_the_next_try_completes(published, tmp_path):
     folder = published[0] / "run" / "hub"
     command = f"""
-        import hub
+        from modeling_coe.train import hub
         from pathlib import Path
         print(hub.push(Path({str(folder)!r}), "{REPO}", is_private=False))
     """
@@ -210,7 +210,7 @@ def test_published_again_with_fewer_shards_no_old_weights_remain(hub, published,
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     code = f"""
-        import hub
+        from modeling_coe.train import hub
         from pathlib import Path
         hub.push(Path({str(folder)!r}), "tester/again", is_private=False)
         Path({str(folder)!r}, "model.safetensors").rename(Path({str(folder)!r}, "model-00001-of-00001.safetensors"))

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, build, whitespace_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-import verdicts
+from modeling_coe.train.studies import verdicts
 
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def test_commands_name_existing_scripts_recipes_and_targets():
 
 
 def result(name):
-    return json.loads((ROOT / "model_cards" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "model_cards" / "studies" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def benchmark_table():

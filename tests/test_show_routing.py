@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import build, tokens, whitespace_tokenizer
 
-import show_routing
 from modeling_coe.routing import record_routing
+from modeling_coe.train import show_routing
 
 
 def test_kinds_are_told_by_the_text_of_a_token():

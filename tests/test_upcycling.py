@@ -774,7 +774,7 @@ def test_healing_compares_four_runs_of_every_seed(tmp_path):
         "healing_steps": 4,
         "sequence_length": 64,
     }
-    command = [sys.executable, "train/healing.py", "--seeds", "0"]
+    command = [sys.executable, "train/studies/healing.py", "--seeds", "0"]
     command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, check=True)
     results = json.loads((tmp_path / "runs" / "results.json").read_text())

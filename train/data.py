@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
 
-from arguments import DataArguments
-from word_problems import word_problems
+from modeling_coe.train.arguments import DataArguments
+from modeling_coe.train.word_problems import word_problems
 
 
 PROMPT = "Question: {}\nAnswer:"

@@ -21,10 +21,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import DataArguments, ModelArguments, parse
-from checkpoints import prepare_output, write_json
-from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
-from report import environment
+from modeling_coe.train.arguments import DataArguments, ModelArguments, parse
+from modeling_coe.train.checkpoints import prepare_output, write_json
+from modeling_coe.train.data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
+from modeling_coe.train.report import environment
 
 
 @dataclass

@@ -21,8 +21,16 @@ from transformers.distributed import DistributedConfig
 from trl import SFTTrainer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import DataArguments, FinetuneArguments, LayoutArguments, LoraArguments, ModelArguments, parse
-from checkpoints import (
+from modeling_coe.adapters import count_adapted, lora_config
+from modeling_coe.train.arguments import (
+    DataArguments,
+    FinetuneArguments,
+    LayoutArguments,
+    LoraArguments,
+    ModelArguments,
+    parse,
+)
+from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
     ShardedCheckpoints,
     match_record,
@@ -30,9 +38,8 @@ from checkpoints import (
     prepare_output,
     write_json,
 )
-from data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
-from modeling_coe.adapters import count_adapted, lora_config
-from report import Curve, RoutingHealth, environment, facts_of, peak_memory, plot_curve
+from modeling_coe.train.data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
+from modeling_coe.train.report import Curve, RoutingHealth, environment, facts_of, peak_memory, plot_curve
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):

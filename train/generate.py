@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import parse
-from data import PROMPT
+from modeling_coe.train.arguments import parse
+from modeling_coe.train.data import PROMPT
 
 
 @dataclass

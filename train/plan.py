@@ -18,7 +18,6 @@ from dataclasses import replace
 import torch
 from transformers import AutoConfig
 
-from arguments import DataArguments, ModelArguments, PretrainArguments, parse, training_setup
 from modeling_coe import CoEConfig
 from modeling_coe.budget import (
     TrainingSetup,
@@ -32,7 +31,8 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
-from modeling_coe.communication import Cluster, Layout, rank_memory, step_seconds, traffic
+from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse, training_setup
+from modeling_coe.train.communication import Cluster, Layout, rank_memory, step_seconds, traffic
 
 
 GIB = 2**30

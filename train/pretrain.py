@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Tra
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import (
+from modeling_coe.train.arguments import (
     DataArguments,
     LayoutArguments,
     ModelArguments,
@@ -36,7 +36,7 @@ from arguments import (
     parse,
     training_setup,
 )
-from checkpoints import (
+from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
     ShardedCheckpoints,
     match_record,
@@ -44,8 +44,8 @@ from checkpoints import (
     prepare_output,
     write_json,
 )
-from data import as_problems, collate, load_documents, load_tokenizer, pack, solve
-from report import Curve, Progress, RoutingHealth, environment, facts_of, peak_memory, plot_curve
+from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, solve
+from modeling_coe.train.report import Curve, Progress, RoutingHealth, environment, facts_of, peak_memory, plot_curve
 
 
 class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):

@@ -22,9 +22,9 @@ from huggingface_hub import eval_result_entries_to_yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from hub import check_login, push, refuse_secrets
-from modeling_coe.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.routing import Routing, plot_routing, record_routing
+from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
+from modeling_coe.train.hub import check_login, push, refuse_secrets
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"

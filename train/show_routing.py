@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from arguments import DataArguments, ModelArguments, parse
-from checkpoints import prepare_output, write_json
-from data import load_documents, load_tokenizer
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
-from report import environment, facts_of
+from modeling_coe.train.arguments import DataArguments, ModelArguments, parse
+from modeling_coe.train.checkpoints import prepare_output, write_json
+from modeling_coe.train.data import load_documents, load_tokenizer
+from modeling_coe.train.report import environment, facts_of
 
 
 KINDS = ("digits", "words", "signs")

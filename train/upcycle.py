@@ -14,11 +14,11 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from arguments import parse
-from checkpoints import write_json
 from modeling_coe import upcycle
+from modeling_coe.train.arguments import parse
+from modeling_coe.train.checkpoints import write_json
+from modeling_coe.train.report import facts_of
 from modeling_coe.upcycling import changes_of_function
-from report import facts_of
 
 
 @dataclass

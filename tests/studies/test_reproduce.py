@@ -1,0 +1,304 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""A table compares like with like, runs nothing twice, and its verdicts follow from its losses."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, build
+
+from modeling_coe.train import pretrain
+from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
+from modeling_coe.train.studies import reproduce, verdicts
+from modeling_coe.train.studies.reproduce import Claim, MemoryClaim, ReproduceArguments
+
+
+ROOT = Path(__file__).parents[2]
+TABLES = sorted((ROOT / "configuration" / "studies").glob("*.yaml"))
+SCALES = sorted((ROOT / "configuration" / "studies" / "scales").glob("*.yaml"))
+RESULTS = ROOT / "model_cards" / "studies"
+TABLE = """
+question: Does one beat two?
+rows:
+  one: {num_iterations: 1, num_experts_per_tok: 8}
+  two: {num_iterations: 2, num_experts_per_tok: 4}
+claims:
+  - {claim: two ends lower, row: two, than: one, equal_compute: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """In place of train/pretrain.py: the runs it was asked for; its loss grows with the rate's distance from 2e-3."""
+    runs = []
+
+    def run(command, stdout, **kwargs):
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        preset = json.loads(Path(options["--model"]).read_text())
+        rate, seed = float(options["--learning_rate"]), int(options["--seed"])
+        runs.append((preset["num_iterations"], rate, seed))
+        if rate == 4e-3 and preset["num_iterations"] == 2:
+            stdout.write("Traceback ...\nFloatingPointError: {'loss': nan} at step 7\n")
+            return SimpleNamespace(returncode=1)
+        if seed == 9:
+            stdout.write("Traceback ...\nOSError: no space left\n")
+            return SimpleNamespace(returncode=1)
+        loss = 4 + abs(rate - 2e-3) * 100 - 0.1 * (preset["num_iterations"] == 2) + 0.01 * seed
+        facts = {"validation_loss": loss, "share_solved": 0.5, "tokens": 1, "train_seconds": 1.0,
+                 "peak_memory_gib": 1.0, "commit": "abc"}  # fmt: skip
+        folder = Path(options["--output_dir"])
+        curve = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5}, {"step": 2, "eval_loss": loss}]
+        (folder / "loss_curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        (folder / "facts.json").write_text(json.dumps(facts))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    return runs
+
+
+def run_table(folder, text=TABLE, *options):
+    (folder / "table.yaml").write_text(text)
+    reproduce.main(["--table", str(folder / "table.yaml"), "--runs_dir", str(folder / "runs"),
+                    "--results_dir", str(folder / "results"), "--dataset", "word_problems", *options])  # fmt: skip
+    return json.loads((folder / "results" / "table_cpu.json").read_text())
+
+
+def test_every_contestant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_twice(tmp_path, trained):
+    result = run_table(tmp_path)
+    expected = {(chain, rate, 0) for chain in (1, 2) for rate in (1e-3, 2e-3, 4e-3)}
+    expected |= {(chain, 2e-3, seed) for chain in (1, 2) for seed in (1, 2)}
+    assert len(trained) == len(expected) and set(trained) == expected
+    for row in result["rows"].values():
+        assert row["learning_rate"] == 2e-3 and [run["seed"] for run in row["runs"]] == [0, 1, 2]
+        assert row["runs"][0]["train_curve"] == [[1, 5.0], [2, 4.5]]
+    assert result["rows"]["two"]["loss_by_learning_rate"]["0.004"] is None  # it diverged
+    (claim,) = result["claims"]
+    assert claim["difference"] == pytest.approx(-0.1) and claim["verdict"] == "confirmed"
+    assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 10_000
+    assert not (tmp_path / "results" / "table_cpu_frontier.png").exists()
+    again = run_table(tmp_path)
+    assert len(trained) == len(expected) and again["rows"] == result["rows"]
+    run_table(tmp_path, "frontier: true" + TABLE)
+    assert len(trained) == len(expected)
+    assert (tmp_path / "results" / "table_cpu_frontier.png").stat().st_size > 10_000
+
+
+def test_a_table_s_own_seeds_and_rates_take_the_place_of_the_scale_s(tmp_path, trained):
+    result = run_table(tmp_path, "scale: {seeds: [3, 0], learning_rates: [1.0e-3, 3.0e-3]}" + TABLE)
+    assert [run["seed"] for run in result["rows"]["two"]["runs"]] == result["scale"]["seeds"] == [3, 0]
+    assert {rate for _, rate, _ in trained} == {1e-3, 3e-3} and sum(seed == 3 for _, _, seed in trained) == 4
+
+
+def test_a_longer_row_trains_and_decays_longer_and_costs_so_much_more(tmp_path):
+    scale = reproduce.load_scale(ReproduceArguments(table="", scale="tiny"))
+    row = {"num_iterations": 1, "num_experts_per_tok": 8}
+    once, thrice = (reproduce.build_contestant(row | {"length": length}, scale) for length in (1, 3))
+    assert thrice.flops == 3 * once.flops and thrice.preset == once.preset
+    assert (once.recipe["max_steps"], thrice.recipe["max_steps"]) == (400, 1200)
+    decay = {"num_decay_steps": 360, "decay_type": "linear"}
+    assert thrice.recipe == once.recipe | {"max_steps": 1200, "eval_steps": 1200, "lr_scheduler_kwargs": decay}
+
+
+def test_a_row_s_fields_go_before_the_scale_s_and_those_before_the_preset_s():
+    scale = reproduce.load_scale(ReproduceArguments(table="", scale="small"))
+    preset = json.loads(Path(scale.recipe["model"]).read_text())
+    assert reproduce.build_contestant({}, scale).preset == preset | {"initializer_range": 0.057}
+    assert reproduce.build_contestant({"initializer_range": 0.04}, scale).config.initializer_range == 0.04
+    with pytest.raises(ValueError, match=r"initializer_rang.*no fields"):
+        reproduce.build_contestant({}, reproduce.replace(scale, fields={"initializer_rang": 0.04}))
+
+
+def test_contestants_start_with_the_same_weights_where_they_have_the_same_modules():
+    def first_weights(seed, **fields):
+        torch.manual_seed(1)
+        model = build(**fields)
+        pretrain.draw_by_name(model, seed)
+        return model.state_dict()
+
+    chain, mixtral = first_weights(0), first_weights(0, num_iterations=1, num_experts_per_tok=4)
+    other, inner = first_weights(1), first_weights(0, residual="inner", num_shared_experts=1)
+    assert chain.keys() == mixtral.keys() and len(chain) > 10
+    for name, weight in chain.items():
+        first = weight[:1] if name.endswith("gate.weight") else weight
+        assert torch.equal(first, mixtral[name]) and torch.equal(weight, inner[name])
+        if "norm" not in name:
+            assert not torch.equal(weight, other[name])
+            assert weight.std().item() == pytest.approx(SMALL["initializer_range"], rel=0.1)
+
+
+def test_a_checkpoint_is_not_drawn_anew(tmp_path):
+    with pytest.raises(ValueError, match=r"draw_by_name.*has weights"):
+        pretrain.build_model(ModelArguments(model=str(tmp_path)), None, 8, None, None, draw_seed=0)
+
+
+def test_a_run_that_fails_names_its_log_and_leaves_the_others(tmp_path, trained, monkeypatch):
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: reproduce.replace(scale, seeds=[0, 9]))
+    with pytest.raises(RuntimeError, match=r"no space left.*\.log"):
+        run_table(tmp_path)
+    assert len(list((tmp_path / "runs").rglob("facts.json"))) == 5
+
+
+@pytest.mark.slow
+def test_a_table_really_trains(tmp_path, monkeypatch):
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    sizes = {"max_steps": 4, "warmup_steps": 1, "logging_steps": 2, "eval_steps": 4, "train_problems": 200,
+             "validation_problems": 20, "scored_problems": 2}  # fmt: skip
+    small = reproduce.Scale(scale.recipe | sizes, learning_rates=[1e-3], seeds=[0, 1])
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: small)
+    result = run_table(tmp_path, TABLE, "--jobs", "2")
+    losses = [run["validation_loss"] for row in result["rows"].values() for run in row["runs"]]
+    assert len(set(losses)) == 4 and all(5 < loss < 9 for loss in losses)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_can_be_built_and_compares_equal_compute_where_it_says_so(path, scale):
+    table = reproduce.load_table(path)
+    sizes = reproduce.load_scale(ReproduceArguments(table=str(path), scale=scale.stem))
+    reproduce.check_compute(table, {name: reproduce.build_contestant(row, sizes) for name, row in table.rows.items()})
+    assert f"--table configuration/studies/{path.name}" in path.read_text() and "Expected:" in path.read_text()
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
+def test_a_scale_s_recipe_is_one_of_the_pretraining_script(path, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())["recipe"] | {"output_dir": str(tmp_path)}))
+    parse(ModelArguments, DataArguments, PretrainArguments, arguments=["--config", str(recipe), "--bf16", "false"])
+
+
+def test_unequal_compute_is_refused_where_a_claim_says_equal(tmp_path, trained):
+    with pytest.raises(ValueError, match=r"'two' costs 1\.\d\d times the FLOPs of 'one'"):
+        run_table(tmp_path, TABLE.replace("num_experts_per_tok: 4", "num_experts_per_tok: 8"))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("num_iterations: 2", "num_iteration: 2", "num_iteration"),
+        ("than: one", "than: three", "'three'"),
+        ("num_experts_per_tok: 4", "num_experts_per_tok: 99", "num_experts_per_tok=99"),
+    ],
+)
+def test_a_mistake_in_a_table_is_named(tmp_path, trained, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        run_table(tmp_path, TABLE.replace(old, new))
+
+
+def verdict(differences, **options):
+    rows = {
+        "a": {"runs": [{"validation_loss": 4 + difference} for difference in differences]},
+        "b": {"runs": [{"validation_loss": 4.0} for _ in differences]},
+    }
+    return reproduce.judge(Claim("a ends lower", "a", "b", **options), rows)["verdict"]
+
+
+@pytest.mark.parametrize(
+    "differences, lower, as_good",
+    [
+        ([-0.10, -0.11, -0.09], "confirmed", "confirmed"),
+        ([-0.10, +0.10, -0.05], "undecided", "undecided"),
+        ([-0.001, -0.002, 0.0], "refuted", "confirmed"),  # level: no gain worth the name, and no loss
+        ([+0.10, +0.11, +0.09], "refuted", "refuted"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_margin(differences, lower, as_good):
+    assert verdict(differences) == lower
+    assert verdict(differences, as_good=True) == as_good
+
+
+def test_the_interval_is_student_s():
+    rows = {name: {"runs": [{"validation_loss": loss} for loss in losses]}
+            for name, losses in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 0.0, 0.0]))}  # fmt: skip
+    # mean 2, standard error 1 / sqrt(3), t(2 degrees of freedom) = 4.303
+    assert reproduce.judge(Claim("", "a", "b"), rows)["interval"] == [-0.4843, 4.4843]
+
+
+def test_measured_memory_is_what_budget_predicts_and_more_layers_cost_more():
+    table = reproduce.load_table(ROOT / "configuration" / "studies" / "memory.yaml")
+    scale = reproduce.load_scale(ReproduceArguments(table=""))
+    names = ["paper's CoE-2(8/64)", "paper's MoE(8/64), 2x layers"]
+    rows = {name: reproduce.measure_memory(reproduce.build_contestant(table.rows[name], scale)) for name in names}
+    for row in rows.values():
+        assert row["peak_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.05)
+    claim = MemoryClaim("less", *names, published=0.42)
+    measured = reproduce.judge_memory(claim, rows)
+    assert measured["verdict"] == "confirmed" and measured["basis_of_peak"] == "measured"
+    assert reproduce.judge_memory(reproduce.replace(claim, published=0.6), rows)["verdict"] == "refuted"
+    # The parameters save more than the peak, half of which is activations at this size.
+    by_parameters = reproduce.replace(claim, published=0.48, of="parameters")
+    assert reproduce.judge_memory(by_parameters, rows)["verdict"] == "confirmed"
+
+
+def test_what_is_too_large_is_predicted_and_called_so():
+    rows = {"a": {"peak_bytes": None, "predicted_bytes": 5, "parameters": 5},
+            "b": {"peak_bytes": 9, "predicted_bytes": 10, "parameters": 10}}  # fmt: skip
+    claim = reproduce.judge_memory(MemoryClaim("less", "a", "b", published=0.5), rows)
+    assert claim["basis_of_peak"] == "predicted" and claim["saving"] == {"peak": 0.5, "parameters": 0.5}
+
+
+def test_in_a_claim_about_several_pairs_a_seed_counts_once():
+    losses = {"a": [1.0, 1.2], "b": [1.1, 1.2], "c": [2.0, 2.1], "d": [2.3, 2.2]}
+    rows = {name: {"runs": [{"validation_loss": loss} for loss in seeds]} for name, seeds in losses.items()}
+    claim = Claim("", ["a", "c"], ["b", "d"])
+    assert claim.pairs == [("a", "b"), ("c", "d")]
+    judged = reproduce.judge(claim, rows)
+    # differences -0.1 and -0.3 of the first seed, 0 and -0.1 of the second: means -0.2 and -0.05, standard error
+    # 0.075, t(1 degree of freedom) = 12.706
+    assert judged["difference"] == -0.125 and judged["interval"] == pytest.approx([-1.078, 0.828], abs=1e-3)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_committed_verdicts_follow_from_the_committed_runs(path):
+    """And the runs are those of the table as it stands."""
+    table = reproduce.load_table(path)
+    for file in RESULTS.glob(f"{path.stem}_*.json"):
+        result = json.loads(file.read_text())
+        size = file.stem.removesuffix("_memory").rpartition("_")[2]
+        scale = reproduce.load_scale(ReproduceArguments(table="", scale=size))
+        assert {name: row["config"] for name, row in result["rows"].items()} == {
+            name: reproduce.build_contestant(row, scale).preset for name, row in table.rows.items()
+        }
+        judge, claims = (
+            (reproduce.judge_memory, table.memory_claims)
+            if file.stem.endswith("memory")
+            else (reproduce.judge, table.claims)
+        )
+        assert result["claims"] == [judge(claim, result["rows"]) for claim in claims]
+
+
+def test_the_page_of_verdicts_is_what_the_results_render_to():
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == verdicts.render()
+
+
+def test_the_numbers_of_combinations_in_the_press_follow_from_no_power_of_the_binomials():
+    """2.2e42 and 3.8e104 are said of one layer; the 823 of the paper is 91.2 by its formula."""
+    assert round(math.comb(64, 4) ** 2 / math.comb(64, 8), 1) == 91.2 and "91.2 times" in verdicts.render()
+    for choices in (math.comb(64, 4), math.comb(64, 8)):
+        for power in range(1, 40):
+            assert min(abs(math.log10(choices**power) - math.log10(claimed)) for claimed in (2.2e42, 3.8e104)) > 0.05
+
+
+def test_the_page_says_of_the_iterations_what_was_recorded():
+    def recorded(name):
+        return json.loads((RESULTS / f"routing_{name}.json").read_text())
+
+    fast, best = recorded("nested_c4_rate_4e-3"), recorded("nested_c4")
+    assert f"{max(map(max, fast['change_of_state'])):.0f} times its input" in verdicts.render()
+    assert fast["trained"]["learning_rate"] == 2 * best["trained"]["learning_rate"]
+    assert all(max(map(max, recorded(name)["change_of_state"])) < 2 for name in ("nested_c2", "nested_c4"))
+    for name in ("nested_c2", "nested_c4", "paper_c2"):
+        routing = recorded(name)
+        revisits = [value for layer in routing["revisits"] for value in layer]
+        assert sum(revisits) / len(revisits) < 1.2 * routing["revisits_if_choices_were_independent"]

@@ -1,0 +1,487 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Run a table of contestants, every one at its own best learning rate and with several seeds, and judge its claims.
+
+    python train/studies/reproduce.py --table configuration/studies/equal_compute.yaml --scale cpu --dataset path/to/gsm8k
+
+A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
+times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
+lowest held-out loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
+Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
+is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
+
+    python train/studies/reproduce.py --table configuration/studies/memory.yaml --scale cpu --only_memory true
+
+trains nothing and measures the peak memory of a training step of every row: `<table>_<scale>_memory.json`.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import yaml
+
+from modeling_coe import CoEConfig, CoEForCausalLM
+from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
+from modeling_coe.train.arguments import parse
+from modeling_coe.train.checkpoints import write_json
+from modeling_coe.train.report import environment, peak_bytes
+
+
+# Student's t, two-sided 95 %, by the number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+EQUAL_COMPUTE = 0.05
+
+
+@dataclass
+class ReproduceArguments:
+    table: str = field(metadata={"help": "A table of configuration/studies."})
+    scale: str = field(default="cpu", metadata={"help": "One of configuration/studies/scales."})
+    dataset: str | None = field(default=None, metadata={"help": "In place of the scale's: a Hub id, file or folder."})
+    runs_dir: str = field(default="runs/reproduce", metadata={"help": "One folder for every run."})
+    results_dir: str = field(default="model_cards/studies", metadata={"help": "The result and its plot."})
+    jobs: int = field(default=1, metadata={"help": "Runs at the same time."})
+    only_memory: bool = field(default=False, metadata={"help": "Measure the memory of every row, train nothing."})
+
+    def __post_init__(self):
+        if self.jobs < 1:
+            raise ValueError(f"`jobs={self.jobs}` must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """At which size a table runs: a recipe of train/pretrain.py, the learning rates to try, the seeds; `fields` are
+    those in which its models differ from the recipe's preset."""
+
+    recipe: dict
+    learning_rates: list[float]
+    seeds: list[int]
+    fields: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.learning_rates or len(self.seeds) not in T_95:
+            raise ValueError(
+                f"`learning_rates={self.learning_rates}`, `seeds={self.seeds}`: give one rate and {min(T_95)} to "
+                f"{max(T_95)} seeds at least."
+            )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`row` ends at a held-out loss lower than `than`; with `as_good`, at one no higher.
+
+    Lists of rows are compared pair by pair, and a seed counts once, with its mean over the pairs: it has the same
+    documents and first weights in all of them. Differences below `margin` nats do not count. `published` are the
+    paper's losses of both.
+    """
+
+    claim: str
+    row: str | list[str]
+    than: str | list[str]
+    published: list[float] | None = None
+    equal_compute: bool = False
+    as_good: bool = False
+    margin: float = 0.02
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        rows, thans = ([names] if isinstance(names, str) else names for names in (self.row, self.than))
+        return list(zip(rows, thans, strict=True))
+
+
+@dataclass(frozen=True)
+class MemoryClaim:
+    """`row` has the share `published` less than `than`, of memory at the `peak` of training or of `parameters`."""
+
+    claim: str
+    row: str
+    than: str
+    published: float
+    of: str = "peak"
+    tolerance: float = 0.02
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(self.row, self.than)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Contestants and what is claimed of them; `scale` has the fields in which the table differs from its scale."""
+
+    question: str
+    rows: dict[str, dict]
+    claims: list[Claim]
+    memory_claims: list[MemoryClaim]
+    frontier: bool = False
+    scale: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for claim in (*self.claims, *self.memory_claims):
+            for name in chain.from_iterable(claim.pairs):
+                if name not in self.rows:
+                    raise ValueError(f"A claim names the row {name!r}; the table has {list(self.rows)}.")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A row at a scale: the preset that it trains, and the recipe."""
+
+    preset: dict
+    recipe: dict
+
+    @property
+    def config(self) -> CoEConfig:
+        return CoEConfig(**self.preset)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole run, for every token of a batch."""
+        return training_flops(self.config, self.recipe["sequence_length"]) * self.recipe["max_steps"]
+
+
+def main(arguments: list[str] | None = None):
+    (options,) = parse(ReproduceArguments, arguments=arguments)
+    table = load_table(Path(options.table))
+    scale = replace(load_scale(options), **table.scale)
+    contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
+    check_compute(table, contestants)
+    output = Path(options.results_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    name = f"{Path(options.table).stem}_{options.scale}"
+    if options.only_memory:
+        rows = {row: measure_memory(contestant) for row, contestant in contestants.items()}
+        claims = [judge_memory(claim, rows) for claim in table.memory_claims]
+        name += "_memory"
+    else:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
+        claims = [judge(claim, rows) for claim in table.claims]
+        plot(table.question, rows, output / f"{name}.png")
+        if table.frontier:
+            plot_frontier(rows, output / f"{name}_frontier.png")
+    write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
+    print_results(rows, claims)
+
+
+def describe(options: ReproduceArguments, table: Table, scale: Scale) -> dict:
+    """How the result came about; of a local data set the folder's name alone."""
+    dataset = scale.recipe["dataset"] if options.dataset is None else Path(options.dataset).name
+    command = f"python train/studies/reproduce.py --table configuration/studies/{Path(options.table).name} "
+    command += f"--scale {options.scale}"
+    if options.only_memory:
+        command += " --only_memory true"
+    elif options.dataset is not None:
+        command += f" --dataset path/to/{dataset}"
+    return {
+        "question": table.question,
+        "command": command,
+        "scale": asdict(replace(scale, recipe=scale.recipe | {"dataset": dataset})),
+        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+
+
+def load_table(path: Path) -> Table:
+    """
+    Raises:
+        TypeError: an unknown or missing key.
+        ValueError: a claim about a row that is not there.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    claims = [Claim(**claim) for claim in content.pop("claims", [])]
+    memory_claims = [MemoryClaim(**claim) for claim in content.pop("memory_claims", [])]
+    return Table(claims=claims, memory_claims=memory_claims, **content)
+
+
+def load_scale(options: ReproduceArguments) -> Scale:
+    """The scale's file, with the command line's data set; its recipe must be one of train/pretrain.py."""
+    path = Path(__file__).parents[2] / "configuration" / "studies" / "scales" / f"{options.scale}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ValueError(f"`scale={options.scale}` is unknown; choose one of {known}.")
+    scale = Scale(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    if options.dataset is not None:
+        scale.recipe.pop("dataset_config", None)
+        scale.recipe["dataset"] = options.dataset
+    return scale
+
+
+def build_contestant(row: dict, scale: Scale) -> Contestant:
+    """The scale's preset and recipe with the row's changes.
+
+    Raises:
+        ValueError: a field that is none of the configuration, or a combination that no model can have.
+    """
+    fields = dict(row)
+    depth, length = fields.pop("depth", 1), fields.pop("length", 1)
+    recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
+    preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
+    if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
+        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe` of a row.")
+    return Contestant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
+
+
+def lengthen(recipe: dict, factor: int) -> dict:
+    """The recipe with so many times the steps, and the decay at their end if it has one; the warm-up stays."""
+    longer = recipe | {name: factor * recipe[name] for name in ("max_steps", "eval_steps")}
+    if decay := recipe.get("lr_scheduler_kwargs"):
+        longer["lr_scheduler_kwargs"] = decay | {"num_decay_steps": factor * decay["num_decay_steps"]}
+    return longer
+
+
+def check_compute(table: Table, contestants: dict[str, Contestant]):
+    """
+    Raises:
+        ValueError: a claim of equal compute about two rows whose FLOPs differ.
+    """
+    for claim in table.claims:
+        for row, than in claim.pairs:
+            ratio = contestants[row].flops / contestants[than].flops
+            if claim.equal_compute and abs(ratio - 1) > EQUAL_COMPUTE:
+                raise ValueError(
+                    f"{row!r} costs {ratio:.2f} times the FLOPs of {than!r}, which is no equal compute; "
+                    "change the experts per token of one of them."
+                )
+
+
+def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
+    """Every contestant's result: its learning rates with the first seed, then the best of them with the others."""
+    first, *others = scale.seeds
+    tries = {
+        name: [pool.submit(train, contestant, rate, first, output) for rate in scale.learning_rates]
+        for name, contestant in contestants.items()
+    }
+    best, grids = {}, {}
+    for name, futures in tries.items():
+        results = [future.result() for future in futures]
+        grids[name] = {f"{run['learning_rate']:g}": run["validation_loss"] for run in results}
+        best[name] = min(results, key=lambda run: math.inf if run["diverged"] else run["validation_loss"])
+    rates = {name: run["learning_rate"] for name, run in best.items()}
+    repeats = {
+        name: [pool.submit(train, contestant, rates[name], seed, output) for seed in others]
+        for name, contestant in contestants.items()
+    }
+    baseline = next(iter(contestants.values())).flops
+    rows = {}
+    for name, contestant in contestants.items():
+        runs = [best[name], *(future.result() for future in repeats[name])]
+        if any(run["diverged"] for run in runs):
+            raise ValueError(f"{name!r} diverged at `learning_rate={rates[name]:g}`; give the scale lower ones too.")
+        losses = [run["validation_loss"] for run in runs]
+        rows[name] = {
+            "config": contestant.preset,
+            "parameters": sum(count_parameters(contestant.config).values()),
+            "flops_ratio": round(contestant.flops / baseline, 3),
+            "learning_rate": rates[name],
+            "loss_by_learning_rate": grids[name],
+            "mean_validation_loss": round(statistics.mean(losses), 4),
+            "standard_deviation": round(statistics.stdev(losses), 4),
+            "runs": runs,
+        }
+    return rows
+
+
+def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
+    """One run of train/pretrain.py, unless its folder holds the finished run; its facts and its curve."""
+    identity = json.dumps([contestant.preset, contestant.recipe, rate, seed], sort_keys=True)
+    folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    diverged = folder / "diverged.json"
+    if not (folder / "facts.json").is_file() and not diverged.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        preset = folder.with_suffix(".json")
+        preset.write_text(json.dumps(contestant.preset, indent=2))
+        options = contestant.recipe | {
+            "model": preset, "output_dir": folder, "learning_rate": rate, "seed": seed, "disable_tqdm": True,
+            "report_to": "none",
+        }  # fmt: skip
+        command = [sys.executable, str(Path(__file__).parents[1] / "pretrain.py")]
+        for key, value in options.items():
+            command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if status:
+            message = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1]
+            if not message.startswith("FloatingPointError"):
+                raise RuntimeError(
+                    f"A run failed: {message} See {folder.with_suffix('.log')}; then repeat the command."
+                )
+            write_json(diverged, {"message": message})
+    return read_run(folder, rate, seed)
+
+
+def read_run(folder: Path, rate: float, seed: int) -> dict:
+    """What a finished run left: its loss on the held-out documents and the curve of its training loss."""
+    run = {"seed": seed, "learning_rate": rate, "diverged": (folder / "diverged.json").is_file()}
+    if run["diverged"]:
+        return run | {"validation_loss": None}
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (folder / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    return run | {
+        "validation_loss": round(facts["validation_loss"], 4),
+        "share_solved": facts["share_solved"],
+        "tokens": facts["tokens"],
+        "train_seconds": facts["train_seconds"],
+        "peak_memory_gib": facts["peak_memory_gib"],
+        "commit": facts["commit"],
+        "train_curve": [[row["step"], round(row["loss"], 4)] for row in rows if "loss" in row],
+        "validation_curve": [[row["step"], round(row["eval_loss"], 4)] for row in rows if "eval_loss" in row],
+    }
+
+
+def judge(claim: Claim, rows: dict) -> dict:
+    """The claim with the mean difference of its rows, paired by seed, its 95 % interval, and a verdict.
+
+    Confirmed: the interval lies on the claim's side, and the mean beyond the margin. Refuted: the interval excludes
+    what the claim says. Undecided: neither.
+    """
+    by_pair = [
+        [
+            run["validation_loss"] - other["validation_loss"]
+            for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
+        ]
+        for row, than in claim.pairs
+    ]
+    differences = [statistics.mean(pairs) for pairs in zip(*by_pair, strict=True)]
+    mean = statistics.mean(differences)
+    half = T_95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    if claim.as_good:
+        confirmed, refuted = mean + half < claim.margin, mean - half > claim.margin
+    else:
+        confirmed, refuted = mean + half < 0 and mean <= -claim.margin, mean - half > -claim.margin
+    return asdict(claim) | {
+        "difference": round(mean, 4),
+        "interval": [round(mean - half, 4), round(mean + half, 4)],
+        "verdict": "confirmed" if confirmed else "refuted" if refuted else "undecided",
+    }
+
+
+def measure_memory(contestant: Contestant) -> dict:
+    """Peak of the allocator while a model is built and trained for two steps, beside what `budget.py` predicts.
+
+    bf16 weights, gradients and AdamW states, one sequence a micro-batch as in the paper, two micro-batches a step.
+    What is too large for bf16 on a CPU is predicted only.
+    """
+    config, length = contestant.config, contestant.recipe["sequence_length"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = sum(count_parameters(config).values())
+
+    def train_two_steps():
+        model = CoEForCausalLM._from_config(config, dtype=torch.bfloat16).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.randint(config.vocab_size, (1, length), device=device)
+        for _ in range(2):
+            for _ in range(2):
+                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    setup = TrainingSetup(batch_size=1, sequence_length=length, dtype="bfloat16", experts_implementation="coe")
+    is_small = parameters < 1e8
+    return {
+        "config": contestant.preset,
+        "parameters": parameters,
+        "peak_bytes": peak_bytes(train_two_steps, device) if is_small or device.type == "cuda" else None,
+        "predicted_bytes": sum(training_memory(config, setup).values()),
+    }
+
+
+def judge_memory(claim: MemoryClaim, rows: dict) -> dict:
+    """The claim with the saving at the peak, measured if both rows were, that by parameters alone, and a verdict."""
+    row, than = rows[claim.row], rows[claim.than]
+    basis = "predicted" if None in (row["peak_bytes"], than["peak_bytes"]) else "measured"
+    key = {"predicted": "predicted_bytes", "measured": "peak_bytes"}[basis]
+    savings = {"peak": 1 - row[key] / than[key], "parameters": 1 - row["parameters"] / than["parameters"]}
+    return asdict(claim) | {
+        "saving": {name: round(saving, 4) for name, saving in savings.items()},
+        "basis_of_peak": basis,
+        "verdict": "confirmed" if savings[claim.of] >= claim.published - claim.tolerance else "refuted",
+    }
+
+
+def plot(title: str, rows: dict, path: Path):
+    """Left the training loss, a line through the mean of the seeds in a band from the lowest to the highest; right the
+    held-out loss of every seed."""
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
+    for index, row in enumerate(rows.values()):
+        color = colors[index % len(colors)]
+        steps = [step for step, _ in row["runs"][0]["train_curve"]]
+        by_seed = [[loss for _, loss in run["train_curve"]] for run in row["runs"]]
+        by_step = list(zip(*by_seed, strict=True))
+        curves.plot(steps, [statistics.mean(losses) for losses in by_step], color=color, linewidth=1.2)
+        curves.fill_between(steps, *([f(losses) for losses in by_step] for f in (min, max)), color=color, alpha=0.15)
+        final = [run["validation_loss"] for run in row["runs"]]
+        ends.plot(final, [index] * len(final), "o", color=color, alpha=0.6, markersize=5)
+        ends.plot(statistics.mean(final), index, "|", color=color, markersize=18, markeredgewidth=2)
+    curves.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter("{x:g}")
+    ends.set_xlabel("held-out loss after the last step (nats per token), a dot a seed", loc="right")
+    ends.set_yticks(range(len(rows)), rows, fontsize=9)
+    for tick, color in zip(ends.get_yticklabels(), colors * len(rows), strict=False):
+        tick.set_color(color)
+    ends.set_ylim(len(rows) - 0.5, -0.5)
+    for axis in (curves, ends):
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_frontier(rows: dict, path: Path):
+    """The held-out loss that memory buys at the first row's compute, and that compute buys in its memory, a line for
+    every number of iterations and layers; bars from the lowest to the highest seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    first, colors = next(iter(rows.values())), {}
+    panels = (("parameters", "flops_ratio", 1e6), ("flops_ratio", "parameters", 1))
+    for axis, (key, same, unit) in zip(axes, panels, strict=True):
+        lines = {}
+        for name, row in rows.items():
+            if abs(row[same] / first[same] - 1) <= EQUAL_COMPUTE:
+                config = CoEConfig(**row["config"])
+                lines.setdefault((config.num_iterations, config.num_hidden_layers), []).append(name)
+        for kind, names in lines.items():
+            color = colors.setdefault(kind, f"C{len(colors)}")
+            names.sort(key=lambda name: rows[name][key])
+            amounts = [rows[name][key] / unit for name in names]
+            losses = [[run["validation_loss"] for run in rows[name]["runs"]] for name in names]
+            means = [statistics.mean(seeds) for seeds in losses]
+            spread = [[abs(f(seeds) - mean) for seeds, mean in zip(losses, means, strict=True)] for f in (min, max)]
+            axis.errorbar(amounts, means, spread, fmt="o-", color=color, capsize=3, linewidth=1.2)
+            for name, *point in zip(names, amounts, means, strict=True):
+                axis.annotate(name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="parameters (millions)", ylabel="held-out loss (nats per token)", title="at equal compute")
+    axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def print_results(rows: dict, claims: list[dict]):
+    width = max(map(len, rows))
+    for name, row in rows.items():
+        print(f"{name:{width}}{row['parameters'] / 1e6:10.2f} M parameters", end="")
+        if "peak_bytes" in row:
+            measured = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            print(f"   peak {measured}, predicted {row['predicted_bytes'] / 2**20:.0f} MiB")
+        else:
+            loss = f"{row['mean_validation_loss']:8.4f} +- {row['standard_deviation']:.4f}"
+            print(f"{loss}   rate {row['learning_rate']:g}   FLOPs {row['flops_ratio']:.2f}x")
+    for claim in claims:
+        measured = claim["saving"] if "saving" in claim else f"{claim['difference']:+.4f} {claim['interval']}"
+        print(f"{claim['verdict']:10} {claim['claim']}: {measured}")
+
+
+if __name__ == "__main__":
+    main()
