@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a table of contestants, every one at its own best learning rate and with several seeds, and judge its claims.
 
-    python train/studies/reproduce.py --table configuration/studies/equal_compute.yaml --scale cpu --dataset path/to/gsm8k
+    python train/studies/reproduce.py --table configuration/studies/equal_compute.yaml \\
+        --scale cpu --dataset path/to/gsm8k
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
 times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
