@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from .budget import count_active_parameters, count_parameters
-from .configuration_coe import CoEConfig
+from modeling_coe.budget import count_active_parameters, count_parameters
+from modeling_coe.configuration_coe import CoEConfig
 
 
 # What the Hub reads from the head of a card; it drops other keys, or refuses the card, without saying which.

@@ -14,8 +14,8 @@ C iterations, L layers.
 
 from dataclasses import dataclass
 
-from .budget import BYTES, TrainingSetup, count_parameters, training_flops, training_memory
-from .configuration_coe import CoEConfig
+from modeling_coe.budget import BYTES, TrainingSetup, count_parameters, training_flops, training_memory
+from modeling_coe.configuration_coe import CoEConfig
 
 
 @dataclass(frozen=True)
