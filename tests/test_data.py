@@ -153,7 +153,7 @@ def test_an_empty_or_broken_file_is_refused(tmp_path, content):
 
 
 def test_a_split_limited_to_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr("data.word_problems", lambda *_: iter([]))
+    monkeypatch.setattr("modeling_coe.train.data.word_problems", lambda *_: iter([]))
     with pytest.raises(ValueError, match=r"train split of .* is empty"):
         load_documents(DataArguments())
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does an upcycled chain earn its compute? A small Mixtral, and chains made of it, fine-tuned side by side.
 
-python train/studies/healing.py --config configuration/studies/healing_gsm8k.yaml --data path/to/gsm8k
+python train/studies/healing.py --config configuration/studies/healing/gsm8k.yaml --data path/to/gsm8k
 
 `data` is a folder with train.jsonl and test.jsonl. A Mixtral is trained on the first half of the training split; it
 and two chains upcycled from it then continue on the second half. Per seed:
