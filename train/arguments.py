@@ -5,9 +5,19 @@
 model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
 """
 
+import difflib
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig, TrlParser
@@ -268,6 +278,98 @@ def fit_micro_batch(training: TrainingArguments, config: CoEConfig, setup: Train
     training.auto_find_batch_size = False
 
 
+def command_line(main: Callable) -> Callable:
+    """For the `main` of a script: what a user can mend ends in a message, not in a traceback.
+
+    Called with a list of arguments, as tests and other programs do, `main` raises as ever.
+    """
+
+    @wraps(main)
+    def run(arguments: list[str] | None = None):
+        if arguments is not None or sys.flags.dev_mode:
+            return main(arguments)
+        try:
+            return main()
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            sys.exit(f"error: {error}\n(PYTHONDEVMODE=1 in the environment shows the traceback.)")
+
+    return run
+
+
+class Parser(TrlParser):
+    """TRL's parser, which raises where argparse prints several hundred options and exits."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message[:1].upper()}{message[1:]}. `--help` lists the options.")
+
+
 def parse(*argument_classes: type, arguments: list[str] | None = None) -> tuple:
-    """One instance of each class, from `--config recipe.yaml` and the command line; unknown keys fail."""
-    return TrlParser(argument_classes, allow_abbrev=False).parse_args_and_config(arguments)
+    """One instance of each class, from `--config recipe.yaml` and the command line, which wins.
+
+    Raises:
+        ValueError: a recipe that cannot be read, an unknown key, or a value that the key does not take.
+    """
+    parser = Parser(argument_classes, allow_abbrev=False)
+    parser.add_argument("--config", help="Recipe (YAML): values for any of these options; the command line wins.")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--config")
+    if (recipe := first.parse_known_args(arguments)[0].config) is not None:
+        types = {name: kind for one in argument_classes for name, kind in get_type_hints(one).items()}
+        words, structures = read_recipe(Path(recipe), types)
+        refuse_unknown([*words, *structures], parser, f"The recipe {recipe}")
+        parser.set_defaults_with_config(**structures)
+        arguments = [*(f"--{key}={word}" for key, word in words.items()), *arguments]
+    unknown = parser.parse_known_args(arguments)[1]
+    refuse_unknown([word for word in unknown if word.startswith("-")] or unknown, parser, "The command line")
+    return tuple(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[: len(argument_classes)])
+
+
+def refuse_unknown(keys: list[str], parser: ArgumentParser, place: str):
+    """Raise for the first key that is no option of `parser`, with the nearest one that is."""
+    options = {action.dest for action in parser._actions}
+    for key in keys:
+        name = key.lstrip("-").partition("=")[0].replace("-", "_")
+        if name not in options or key.startswith("-"):
+            near = difflib.get_close_matches(name, options, n=1)
+            remedy = f"did you mean `{near[0]}`?" if near else "`--help` lists the options."
+            raise ValueError(f"{place} has `{key}`, which is no option of this script; {remedy}")
+
+
+def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The plain values of a YAML file as they are written, for argparse to convert and check, and the other ones.
+
+    As written: `eval_strategy: no` is the word, not False, and `3e-4` a number, whatever YAML makes of them.
+
+    Raises:
+        ValueError: no such file, no YAML mapping in UTF-8, or a list, a mapping or nothing for a key of another type.
+    """
+    if not path.is_file():
+        raise ValueError(f"`config={path}`: no such file; name a YAML recipe, like those in configuration/.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        written, values = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`config={path}` is no YAML in UTF-8: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`config={path}` must hold lines of `key: value`, not {values!r}.")
+    words, structures = {}, {}
+    for (key, word), value in zip(written.items(), values.values(), strict=True):
+        kind = types.get(key, str)
+        union = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        kinds = {get_origin(part) or part: get_args(part) for part in union}
+        is_list = list in kinds and (isinstance(word, list) or str not in kinds)
+        if is_list:
+            (item,) = kinds[list] or (str,)
+            try:
+                structures[key] = [item(part) for part in (word if isinstance(word, list) else [word])]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`{key}: {value}` in {path}: `{key}` takes a list of {item.__name__}.") from error
+        elif (value is None and type(None) in kinds) or (isinstance(value, dict) and dict in kinds):
+            structures[key] = value
+        elif value is None or isinstance(value, list | dict):
+            raise ValueError(f"`{key}: {json.dumps(value)}` in {path}: `{key}` takes one plain value.")
+        else:
+            words[key] = word
+    return words, structures

@@ -21,7 +21,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.train.arguments import DataArguments, ModelArguments, parse
+from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
 from modeling_coe.train.checkpoints import prepare_output, write_json
 from modeling_coe.train.data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
 from modeling_coe.train.report import environment
@@ -75,6 +75,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argume
     }
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, evaluation = parse(ModelArguments, DataArguments, EvaluationArguments, arguments=arguments)
     output = Path(evaluation.output_dir)

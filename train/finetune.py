@@ -28,6 +28,7 @@ from modeling_coe.train.arguments import (
     LayoutArguments,
     LoraArguments,
     ModelArguments,
+    command_line,
     parse,
 )
 from modeling_coe.train.checkpoints import (
@@ -121,6 +122,7 @@ def score(
     return result, answers
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
     model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.train.arguments import parse
+from modeling_coe.train.arguments import command_line, parse
 from modeling_coe.train.data import PROMPT
 
 
@@ -23,6 +23,7 @@ class GenerateArguments:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     (options,) = parse(GenerateArguments, arguments=arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -31,7 +31,14 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
-from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse, training_setup
+from modeling_coe.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+    command_line,
+    parse,
+    training_setup,
+)
 from modeling_coe.train.communication import Cluster, Layout, rank_memory, step_seconds, traffic
 
 
@@ -158,6 +165,7 @@ def print_scaling(config: CoEConfig, setup: TrainingSetup):
         row(str(8 * nodes), *values)
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")

@@ -31,6 +31,7 @@ from modeling_coe.train.arguments import (
     LayoutArguments,
     ModelArguments,
     PretrainArguments,
+    command_line,
     fit_micro_batch,
     free_memory,
     parse,
@@ -165,6 +166,7 @@ def record_of(model, blocks: Dataset, training: PretrainArguments) -> dict:
     }
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data_arguments, layout, training = parse(
         ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.routing import Routing, plot_routing, record_routing
+from modeling_coe.train.arguments import command_line
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.train.hub import check_login, push, refuse_secrets
 
@@ -186,6 +187,7 @@ def write_repository(options: argparse.Namespace, folder: Path):
     refuse_secrets(folder)
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     options = parse_arguments(arguments)
     if options.push:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
-from modeling_coe.train.arguments import DataArguments, ModelArguments, parse
+from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
 from modeling_coe.train.checkpoints import prepare_output, write_json
 from modeling_coe.train.data import load_documents, load_tokenizer
 from modeling_coe.train.report import environment, facts_of
@@ -64,6 +64,7 @@ def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
     }
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, options = parse(ModelArguments, DataArguments, RoutingArguments, arguments=arguments)
     output = Path(options.output_dir)

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from modeling_coe import upcycle
-from modeling_coe.train.arguments import parse
+from modeling_coe.train.arguments import command_line, parse
 from modeling_coe.train.checkpoints import write_json
 from modeling_coe.train.report import facts_of
 from modeling_coe.upcycling import changes_of_function
@@ -41,10 +41,11 @@ class UpcycleArguments:
     verify_text: str | None = field(default=None, metadata={"help": "Text file to verify on."})
 
 
-def main():
+@command_line
+def main(command: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    (arguments,) = parse(UpcycleArguments)
+    (arguments,) = parse(UpcycleArguments, arguments=command)
     if arguments.source is None or arguments.output is None:
         raise ValueError("Set `source` and `output`, in the recipe or on the command line.")
     output = upcycle(**vars(arguments))

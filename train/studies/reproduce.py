@@ -33,7 +33,7 @@ import yaml
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
-from modeling_coe.train.arguments import parse
+from modeling_coe.train.arguments import command_line, parse
 from modeling_coe.train.checkpoints import write_json
 from modeling_coe.train.report import environment, peak_bytes
 
@@ -150,6 +150,7 @@ class Contestant:
         return training_flops(self.config, self.recipe["sequence_length"]) * self.recipe["max_steps"]
 
 
+@command_line
 def main(arguments: list[str] | None = None):
     (options,) = parse(ReproduceArguments, arguments=arguments)
     table = load_table(Path(options.table))
