@@ -14,26 +14,24 @@ PINS = {name: version(name) for name in ("safetensors", "tqdm")}
 
 @pytest.fixture(scope="module")
 def splits():
-    return corpus.collect(PINS, ["safetensors", "tqdm"], ())
+    return corpus.collect(PINS, ["tqdm"], ("safetensors",))
 
 
 def test_no_document_is_in_two_splits_or_twice_in_one(splits):
     texts = [text for rows in splits.values() for text in rows["text"]]
     assert len(texts) == len(set(texts)) > 20
-    assert {row["package"] for row in splits["train"]} == set(PINS)
 
 
 def test_the_same_packages_give_the_same_hash_and_another_document_another(splits, monkeypatch):
-    monkeypatch.setattr(corpus, "TRAINED_ON", list(PINS))
-    monkeypatch.setattr(corpus, "HELD_OUT", ())
-    again = corpus.collect(PINS, ["tqdm", "safetensors"], ())
+    monkeypatch.setattr(corpus, "TRAINED_ON", ["tqdm"])
+    monkeypatch.setattr(corpus, "HELD_OUT", ("safetensors",))
+    again = corpus.collect(PINS, ["tqdm"], ("safetensors",))
     assert corpus.describe(again, PINS)["hash"] == corpus.describe(splits, PINS)["hash"]
     again["train"] = again["train"].select(range(1, len(again["train"])))
     assert corpus.describe(again, PINS)["hash"] != corpus.describe(splits, PINS)["hash"]
 
 
-def test_a_held_out_package_is_in_the_test_split_alone():
-    splits = corpus.collect(PINS, ["tqdm"], ("safetensors",))
+def test_a_held_out_package_is_in_the_test_split_alone(splits):
     assert set(splits["test"]["package"]) == {"safetensors"}
     assert set(splits["train"]["package"]) == {"tqdm"}
 
