@@ -12,6 +12,7 @@ Shape letters: T tokens, H hidden, I expert width, N experts, K experts per toke
 """
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,35 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# torch >= 2.10
-GROUPED_MM = vars(F).get("grouped_mm")
+
+class HandedOnWeights:
+    """The weights of an expert pool as its last visit returned them, () before the first visit."""
+
+    def __init__(self, weights: tuple[torch.Tensor, ...]):
+        self.weights = weights
+
+
+# A context variable, for other code calls the experts too, with three arguments: expert parallelism, PEFT.
+_HANDED_ON: ContextVar[HandedOnWeights | None] = ContextVar("handed_on", default=None)
+
+
+@contextmanager
+def one_weight_gradient(weights: tuple[torch.Tensor, ...] = ()):
+    """Within it, visits of one expert pool add their weight gradients up in one buffer, not in one of N*3*I*H each.
+
+    The weights go through the visits as views: each hands them to the next, and backward hands the sum from visit to
+    visit. To go on in another layer, give the `weights` of the yielded object to that layer's call; across a
+    checkpointed function, pass them in and out as tensors, for recomputation must start from what the first run saw.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield HandedOnWeights(())
+        return
+    handed_on = HandedOnWeights(weights)
+    token = _HANDED_ON.set(handed_on)
+    try:
+        yield handed_on
+    finally:
+        _HANDED_ON.reset(token)
 
 
 def coe_experts_forward(
@@ -32,11 +60,11 @@ def coe_experts_forward(
 ) -> torch.Tensor:
     """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
 
-    What the autograd function cannot express runs through the host's `grouped_mm`, with a warning: biases, transposed
-    or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded weights, devices
-    other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler decides what
-    backward recomputes. Decoding, at most N rows without gradients, is the host's `batched_mm` on accelerators and
-    one matrix-vector product per row on CPU.
+    What the autograd function cannot express runs through transformers' `grouped_mm`, with a warning: biases,
+    transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded
+    weights, devices other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler
+    decides what backward recomputes. Decoding, at most N rows without gradients, is transformers' `batched_mm` on
+    accelerators and one matrix-vector product per row on CPU.
 
     Args:
         self (`nn.Module`): a module decorated by `use_experts_implementation`.
@@ -49,56 +77,39 @@ def coe_experts_forward(
     """
     rows, on_cpu = top_k_index.numel(), hidden_states.device.type == "cpu"
     decodes = not torch.is_grad_enabled() and rows <= self.num_experts
-    host = None
+    handed_on = None if torch.compiler.is_compiling() else _HANDED_ON.get()
+    weights = (handed_on and handed_on.weights) or (self.gate_up_proj, self.down_proj)
+    fallback = None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        host = "batched_mm" if decodes and not on_cpu else "grouped_mm"
-    elif unsupported := _unsupported(self, hidden_states):
+        fallback = "batched_mm" if decodes and not on_cpu else "grouped_mm"
+    elif unsupported := _unsupported(self, hidden_states, weights):
         logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
-        host = "grouped_mm"
+        fallback = "grouped_mm"
     elif decodes:
         same_dtype = hidden_states.dtype == self.down_proj.dtype and not torch.is_autocast_enabled("cpu")
         if on_cpu and same_dtype:
             return _row_by_row(self, hidden_states, top_k_index, top_k_weights)
-        host = "grouped_mm" if on_cpu else "batched_mm"
-    if host is not None:
-        return ALL_EXPERTS_FUNCTIONS[host](self, hidden_states, top_k_index, top_k_weights)
+        fallback = "grouped_mm" if on_cpu else "batched_mm"
+    if fallback is not None:
+        return ALL_EXPERTS_FUNCTIONS[fallback](self, hidden_states, top_k_index, top_k_weights)
 
     dtype, device_type = self.down_proj.dtype, hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    # Hosts before 5.17 do not say whether other ranks hold experts.
+    # transformers before 5.17 does not say whether other ranks hold experts.
     expert_parallel = vars(self).get("_is_expert_parallel", True)
-    chain = _CHAINS.get(self)
-    weights = chain or (self.gate_up_proj, self.down_proj)
     output, *weights = _Experts.apply(hidden_states, top_k_index, top_k_weights, *weights, dtype, expert_parallel)
-    if chain is not None:
-        _CHAINS[self] = weights
+    if handed_on is not None:
+        handed_on.weights = tuple(weights)
     return output
 
 
 ALL_EXPERTS_FUNCTIONS.register("coe", coe_experts_forward)
 
-# The expert weights as the last call inside `one_weight_gradient` returned them, () before the first call.
-_CHAINS: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
-
-@contextmanager
-def one_weight_gradient(experts: nn.Module):
-    """Within it, calls of `experts` add their weight gradients up in one buffer, not in one of N*3*I*H per call.
-
-    The weights go through the calls, each giving them on to the next; so backward hands the sum from call to call.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        yield
-        return
-    _CHAINS[experts] = ()
-    try:
-        yield
-    finally:
-        del _CHAINS[experts]
-
-
-def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
+def _unsupported(
+    experts: nn.Module, hidden_states: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]
+) -> str | None:
     """What keeps these experts from the autograd function, in words, or None."""
     if not experts.has_gate or type(experts)._apply_gate.__name__ != "_default_apply_gate":
         return f"the gate of {type(experts).__name__}"
@@ -108,7 +119,7 @@ def _unsupported(experts: nn.Module, hidden_states: torch.Tensor) -> str | None:
         return "expert biases and norms"
     if experts.is_transposed or not experts.is_concatenated:
         return "transposed or interleaved expert weights"
-    for weight in (experts.gate_up_proj, experts.down_proj):
+    for weight in weights:
         if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
             return f"expert weights of type {type(weight).__name__}, {weight.dtype}"
     if hidden_states.device.type not in ("cpu", "cuda"):
@@ -155,7 +166,11 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj)
         ctx.groups = groups
         ctx.set_materialize_grads(False)
-        return output.to(hidden_states.dtype), gate_up_proj.view_as(gate_up_proj), down_proj.view_as(down_proj)
+        views = gate_up_proj.view_as(gate_up_proj), down_proj.view_as(down_proj)
+        # Else the next visit would compute the gradient of a frozen weight.
+        frozen = [view for view, needed in zip(views, ctx.needs_input_grad[3:5], strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return output.to(hidden_states.dtype), *views
 
     @staticmethod
     def backward(ctx, grad_output, grad_gate_up_proj, grad_down_proj):
@@ -212,7 +227,7 @@ class _Groups:
     def mm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`[S, A]`, `[N, A, B]` -> `[S, B]`."""
         if self._has_kernel(rows, weight):
-            output = GROUPED_MM(rows, weight.to(self.dtype), offs=self.offsets)
+            output = F.grouped_mm(rows, weight.to(self.dtype), offs=self.offsets)
             # The kernel does not write the rows after the last group.
             if self.zero_tail:
                 tail = torch.arange(output.shape[0], device=output.device) >= self.offsets[-1]
@@ -232,7 +247,7 @@ class _Groups:
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """`[S, A]`, `[S, B]` -> `[N, A, B]`, each group's sum of outer products: the gradient of a weight."""
         if self._has_kernel(left, right):
-            return GROUPED_MM(left.t(), right, offs=self.offsets)
+            return F.grouped_mm(left.t(), right, offs=self.offsets)
         output = left.new_empty(self.offsets.shape[0], left.shape[-1], right.shape[-1])
         start = 0
         for expert, end in enumerate(self.offsets.tolist()):
@@ -254,7 +269,7 @@ class _Groups:
 
     def _has_kernel(self, left: torch.Tensor, right: torch.Tensor) -> bool:
         """torch's grouped product takes neither fp64 nor rows that are not whole 16 bytes; a loop of products does."""
-        if GROUPED_MM is None or self.dtype == torch.float64:
+        if self.dtype == torch.float64:
             return False
         if left.device.type == "cuda" and torch.cuda.get_device_capability(left.device) < (8, 0):
             return False

@@ -10,6 +10,7 @@ C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class CoESparseMoeBlock(nn.Module):
     def __init__(self, config: CoEConfig):
         super().__init__()
         self.num_iterations = config.num_iterations
-        self.inner_residual = config.residual != "outer"
+        self.has_chain_residual = config.residual != "outer"
         self.jitter_noise = config.router_jitter_noise
         self.gate = CoETopKRouter(config)
         self.experts = CoEExperts(config)
@@ -134,11 +135,12 @@ class CoESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
-        # Once for all iterations, not once for each: the merge of an adapter into the experts, and their gradient.
-        with parametrize.cached(), one_weight_gradient(self.experts):
+        # PEFT's wrapper would merge its adapter at every call. torch's cache belongs to the whole process: only there.
+        merge_once = nullcontext() if isinstance(self.experts, CoEExperts) else parametrize.cached()
+        with merge_once, one_weight_gradient():
             update = self.iterate(hidden_states, 0)
             for iteration in range(1, self.num_iterations):
-                if self.inner_residual:
+                if self.has_chain_residual:
                     update = update + self.iterate(hidden_states + update, iteration)
                 else:
                     update = self.iterate(update, iteration)

@@ -124,7 +124,7 @@ def _keep_input(chain: list[torch.Tensor], gate: CoETopKRouter, inputs: tuple):
 def _keep_last(chain: list[torch.Tensor], block: CoESparseMoeBlock, inputs: tuple, output: torch.Tensor):
     """x_C, from what the block returns."""
     output = output.flatten(0, 1)
-    chain.append(chain[0] + output if block.inner_residual else output)
+    chain.append(chain[0] + output if block.has_chain_residual else output)
 
 
 def plot_routing(routing: Routing):

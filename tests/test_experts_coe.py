@@ -5,12 +5,16 @@
 import contextlib
 import io
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, tokens
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -154,24 +158,24 @@ def test_decoding_reads_the_chosen_experts_only():
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("routing", ROUTING)
 def test_loop_of_products_equals_the_grouped_product(routing, expert_parallel, monkeypatch):
-    """fp64, older torch and odd widths take the loop, everything else torch's grouped product."""
+    """fp64, older GPUs and odd widths take the loop, everything else torch's grouped product."""
     torch.manual_seed(3)
     index = ROUTING[routing]()
     module = experts()
     module._is_expert_parallel = expert_parallel
-    calls = []
+    calls, kernel = [], F.grouped_mm
 
     def grouped_mm(*args, **kwargs):
         calls.append(args)
-        output = F.grouped_mm(*args, **kwargs)
+        output = kernel(*args, **kwargs)
         if output.dim() == 2:  # which the kernel leaves unwritten
             output[kwargs["offs"][-1] :] = float("nan")
         return output
 
-    monkeypatch.setattr(experts_coe, "GROUPED_MM", grouped_mm)
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
     expected = gradients(module, *inputs(index))
     assert len(calls) == 6  # two products forward, four backward
-    monkeypatch.setattr(experts_coe, "GROUPED_MM", None)
+    monkeypatch.setattr(experts_coe._Groups, "_has_kernel", lambda *args: False)
     assert relative_error(gradients(module, *inputs(index)), expected) <= 1e-6
 
 
@@ -321,7 +325,7 @@ def test_the_iterations_of_a_chain_share_one_weight_gradient(monkeypatch):
     monkeypatch.setattr(experts_coe._Groups, "outer", lambda *args: fresh.append(1) or outer(*args))
     shared = chain_gradients(model, ids)
     assert len(fresh) == 2  # gate_up_proj and down_proj, once for three iterations
-    monkeypatch.setattr(modeling_coe, "one_weight_gradient", lambda experts: contextlib.nullcontext())
+    monkeypatch.setattr(modeling_coe, "one_weight_gradient", contextlib.nullcontext)
     separate = chain_gradients(model, ids)
     assert len(fresh) == 2 + 3 * 2
     assert relative_error(shared, separate) <= 1e-6
@@ -345,8 +349,68 @@ def test_an_error_inside_a_chain_leaves_nothing_behind(model, monkeypatch):
     with pytest.raises(TypeError):
         model(tokens(1, 5))
     monkeypatch.undo()
-    assert not experts_coe._CHAINS
     assert torch.equal(model(tokens(1, 5)).logits, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_pool_visited_from_several_layers_has_one_weight_gradient(checkpointing, monkeypatch):
+    """Each "layer" may be checkpointed by itself: it takes the weights as tensors and returns them."""
+    module, index = experts(), ROUTING["uneven"]()
+    outer, fresh = experts_coe._Groups.outer, []
+    monkeypatch.setattr(experts_coe._Groups, "outer", lambda *args: fresh.append(1) or outer(*args))
+
+    def layer(x, routing, *weights):
+        with experts_coe.one_weight_gradient(weights) as handed_on:
+            for _ in range(2):
+                x = x + module(x, index, routing)
+        return x, *handed_on.weights
+
+    def hands_on(x, index, routing):
+        weights = ()
+        for _ in range(3):
+            if checkpointing:
+                x, *weights = checkpoint(layer, x, routing, *weights, use_reentrant=False)
+            else:
+                x, *weights = layer(x, routing, *weights)
+        return x
+
+    def separate(x, index, routing):
+        for _ in range(6):
+            x = x + module(x, index, routing)
+        return x
+
+    together = gradients(module, *inputs(index), forward=hands_on)
+    assert len(fresh) == 2  # gate_up_proj and down_proj, once for six visits
+    assert relative_error(together, gradients(module, *inputs(index), forward=separate)) <= 1e-6
+    assert len(fresh) == 2 + 6 * 2
+
+
+@pytest.mark.parametrize("frozen", [("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")])
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_frozen_experts_cost_no_weight_gradient_in_any_iteration(frozen, num_iterations, monkeypatch):
+    model, ids = build(num_hidden_layers=1, num_iterations=num_iterations).train(), tokens(2, 11)
+    pool = model.model.layers[0].mlp.experts
+    for name in frozen:
+        pool.get_parameter(name).requires_grad_(False)
+    products, add_outer = [], experts_coe._Groups.add_outer
+    monkeypatch.setattr(experts_coe._Groups, "add_outer", lambda *args: products.append(1) or add_outer(*args))
+    model(ids, labels=ids).loss.backward()
+    assert len(products) == (2 - len(frozen)) * num_iterations
+    assert [name for name, weight in pool.named_parameters() if weight.grad is None] == list(frozen)
+
+
+def test_eight_threads_share_one_model_with_gradients_enabled(model):
+    ids = tokens(2, 9)
+    expected = model(ids).logits
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda _: model(ids).logits, range(100)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(logits, expected) for logits in results)
+    assert parametrize._cache_enabled == 0
 
 
 def test_a_chain_under_autocast_gives_the_eager_gradients():
