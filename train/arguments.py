@@ -317,7 +317,7 @@ def parse(*argument_classes: type, arguments: list[str] | None = None) -> tuple:
     first.add_argument("--config")
     if (recipe := first.parse_known_args(arguments)[0].config) is not None:
         types = {name: kind for one in argument_classes for name, kind in get_type_hints(one).items()}
-        words, structures = read_recipe(Path(recipe), types)
+        words, structures = read_recipe(Path(find_configuration(recipe)), types)
         refuse_unknown([*words, *structures], parser, f"The recipe {recipe}")
         parser.set_defaults_with_config(**structures)
         arguments = [*(f"--{key}={word}" for key, word in words.items()), *arguments]
@@ -335,6 +335,13 @@ def refuse_unknown(keys: list[str], parser: ArgumentParser, place: str):
             near = difflib.get_close_matches(name, options, n=1)
             remedy = f"did you mean `{near[0]}`?" if near else "`--help` lists the options."
             raise ValueError(f"{place} has `{key}`, which is no option of this script; {remedy}")
+
+
+def find_configuration(name: str) -> str:
+    """`name` itself where it exists; a `configuration/...` that does not is the one the package came with."""
+    installed = Path(__file__).parents[1] / name
+    is_ours = name.startswith("configuration/") and not Path(name).exists() and installed.is_file()
+    return str(installed) if is_ours else name
 
 
 def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -36,6 +36,7 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     PretrainArguments,
     command_line,
+    find_configuration,
     parse,
     training_setup,
 )
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None):
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA card; name one's memory with --gpu 8GB")
         options.gpu = torch.cuda.get_device_properties(0).total_memory
-    config = AutoConfig.from_pretrained(model.model)
+    config = AutoConfig.from_pretrained(find_configuration(model.model))
     setup = training_setup(model, training, data.sequence_length)
     print(f"{model.model} under {options.recipe}\n")
     print_comparison(config, setup)

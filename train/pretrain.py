@@ -32,6 +32,7 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     PretrainArguments,
     command_line,
+    find_configuration,
     fit_micro_batch,
     free_memory,
     parse,
@@ -110,7 +111,7 @@ def build_model(
         raise ValueError(
             f"`draw_by_name=True` draws first weights, but `model={arguments.model}` has weights; drop it."
         )
-    config = AutoConfig.from_pretrained(arguments.model)
+    config = AutoConfig.from_pretrained(find_configuration(arguments.model))
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"`sequence_length={sequence_length}` exceeds `max_position_embeddings={config.max_position_embeddings}` "
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None):
     set_seed(training.seed)
 
     name = model_arguments.tokenizer or (None if is_preset(model_arguments.model) else model_arguments.model)
-    vocab_size = AutoConfig.from_pretrained(model_arguments.model).vocab_size
+    vocab_size = AutoConfig.from_pretrained(find_configuration(model_arguments.model)).vocab_size
     with training.main_process_first():
         documents = load_documents(data_arguments, training.seed)
         tokenizer = load_tokenizer(name, documents["train"], vocab_size)

@@ -28,7 +28,7 @@ from modeling_coe.train.cards import benchmark_results, energy_facts, model_fact
 from modeling_coe.train.hub import check_login, push, refuse_secrets
 
 
-TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # beside train/, in a wheel as well
 CURVE_FILES = ("loss_curve.png", "loss_curve.jsonl")
 
 

@@ -70,5 +70,10 @@ def check_request(handler: BaseHandler, body: dict):
 
 BaseHandler._validate_request = check_request
 
-if __name__ == "__main__":
+
+def main():
     typer.run(Serve)
+
+
+if __name__ == "__main__":
+    main()
