@@ -19,7 +19,7 @@ from modeling_coe.train.studies import verdicts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_IN_THE_TREE = {".gitignore", ".pre-commit-config.yaml", ".ci/run", "README.md"}
+NOT_IN_THE_TREE = {".gitignore", ".pre-commit-config.yaml", ".ci/run", "README.md", "modeling_coe/py.typed"}
 
 
 def fenced(language):
