@@ -17,6 +17,8 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
@@ -61,10 +63,10 @@ def coe_experts_forward(
     """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
 
     What the autograd function cannot express runs through transformers' `grouped_mm`, with a warning: biases,
-    transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, quantised or sharded
-    weights, devices other than CPU and CUDA. While compiling or exporting it is `grouped_mm` too: there the compiler
-    decides what backward recomputes. Decoding, at most N rows without gradients, is transformers' `batched_mm` on
-    accelerators and one matrix-vector product per row on CPU.
+    transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, sharded weights, devices
+    other than CPU and CUDA. Packed weights, torchao's for instance, are used one expert at a time. While compiling or
+    exporting it is `grouped_mm` too: there the compiler decides what backward recomputes. Decoding, at most N rows
+    without gradients, is transformers' `batched_mm` on accelerators and one matrix-vector product per row on CPU.
 
     Args:
         self (`nn.Module`): a module decorated by `use_experts_implementation`.
@@ -80,6 +82,8 @@ def coe_experts_forward(
     handed_on = None if torch.compiler.is_compiling() else _HANDED_ON.get()
     weights = (handed_on and handed_on.weights) or (self.gate_up_proj, self.down_proj)
     fallback = None
+    if is_packed(self.gate_up_proj) and not (self.has_bias or self.is_transposed):
+        return _slice_by_slice(self, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         fallback = "batched_mm" if decodes and not on_cpu else "grouped_mm"
     elif unsupported := _unsupported(self, hidden_states, weights):
@@ -105,6 +109,35 @@ def coe_experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register("coe", coe_experts_forward)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a tensor wraps others, as quantised weights do; sharded weights are not meant."""
+    return is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+
+
+@torch.compiler.disable
+def _slice_by_slice(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`F.linear` with the slices of the experts that were hit, all that packed weights are asked to know."""
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    ids, sizes = (values.tolist() for values in torch.unique_consecutive(expert, return_counts=True))
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        parts = zip(ids, rows.split(sizes), strict=True)
+        products = [F.linear(part, weight[index]) for index, part in parts if index < experts.num_experts]
+        others = top_k_index.numel() - sum(map(len, products))
+        return torch.cat([*products, rows.new_zeros(others, weight.shape[1])])
+
+    with_gradients = torch.is_grad_enabled()
+    # Inference mode refuses to make the view that a slice of a packed weight is; leaving it turns gradients on.
+    with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+        gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+        rows = hidden_states.to(gate_up_proj.dtype)[order // top_k_index.shape[-1]]
+        activation = experts._apply_gate(linear(rows, gate_up_proj)) * top_k_weights.reshape(-1)[order, None]
+        rows = linear(activation.to(down_proj.dtype), down_proj)[torch.argsort(order)]
+        return rows.view(*top_k_index.shape, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _unsupported(
