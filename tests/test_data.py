@@ -72,11 +72,11 @@ def plan(problem: dict) -> tuple:
     return problem["question"].split()[2], tuple(re.findall(r"[-+*/]\d+", problem["answer"]))
 
 
-def test_no_computation_of_the_held_out_problems_occurs_in_training_at_any_seed_or_level():
+def test_no_computation_of_the_validation_problems_occurs_in_training_at_any_seed_or_level():
     train = {plan(p) for level in LEVELS for seed in (0, 1) for p in word_problems("train", 2000, level, seed)}
-    held_out = [plan(p) for level in LEVELS for seed in (0, 1) for p in word_problems("validation", 300, level, seed)]
-    assert len(set(held_out)) > 500
-    assert not train.intersection(held_out)
+    unseen = [plan(p) for level in LEVELS for seed in (0, 1) for p in word_problems("validation", 300, level, seed)]
+    assert len(set(unseen)) > 500
+    assert not train.intersection(unseen)
 
 
 def test_problems_depend_on_split_level_and_seed_alone():

@@ -42,12 +42,12 @@ def evaluate(model, output, **options) -> dict:
 
 def test_facts_of_a_random_model_are_near_those_of_guessing(checkpoint, tmp_path):
     facts = evaluate(checkpoint, tmp_path)
-    assert facts["held_out_loss"] == pytest.approx(math.log(320), abs=0.2)
-    assert facts["perplexity"] == pytest.approx(math.exp(facts["held_out_loss"]))
-    assert (facts["held_out_documents"], facts["scored_problems"], facts["share_solved"]) == (9, 4, 0.0)
+    assert facts["validation_loss"] == pytest.approx(math.log(320), abs=0.2)
+    assert facts["perplexity"] == pytest.approx(math.exp(facts["validation_loss"]))
+    assert (facts["validation_documents"], facts["scored_problems"], facts["share_solved"]) == (9, 4, 0.0)
     assert len(json.loads((tmp_path / "samples.json").read_text())) == 4
     # The batch size is no part of the result.
-    assert evaluate(checkpoint, tmp_path, batch_size=2)["held_out_loss"] == pytest.approx(facts["held_out_loss"])
+    assert evaluate(checkpoint, tmp_path, batch_size=2)["validation_loss"] == pytest.approx(facts["validation_loss"])
 
 
 def test_an_adapter_is_scored_with_its_update(checkpoint, tmp_path):
@@ -63,8 +63,8 @@ def test_an_adapter_is_scored_with_its_update(checkpoint, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = evaluate(tmp_path / "merged", tmp_path / "facts", **options)
     base = evaluate(checkpoint, tmp_path / "base", **options)
-    assert adapted["held_out_loss"] == pytest.approx(merged["held_out_loss"], rel=1e-5)
-    assert abs(adapted["held_out_loss"] - base["held_out_loss"]) > 1e-3
+    assert adapted["validation_loss"] == pytest.approx(merged["validation_loss"], rel=1e-5)
+    assert abs(adapted["validation_loss"] - base["validation_loss"]) > 1e-3
     assert "share_solved" not in base
 
 

@@ -22,7 +22,7 @@ from modeling_coe.train.arguments import (
     PretrainArguments,
     parse,
 )
-from modeling_coe.train.data import held_out_loss, load_documents, load_tokenizer, short_enough
+from modeling_coe.train.data import load_documents, load_tokenizer, short_enough, validation_loss
 from modeling_coe.train.report import routing_health
 
 
@@ -87,9 +87,9 @@ def whole_run(checkpoint, tmp_path_factory):
     return output
 
 
-def test_fine_tuning_lowers_the_held_out_loss_and_writes_facts(whole_run):
+def test_fine_tuning_lowers_the_validation_loss_and_writes_facts(whole_run):
     facts = json.loads((whole_run / "facts.json").read_text())
-    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"] - 0.1
+    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
 
@@ -100,8 +100,8 @@ def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
     card = (whole_run / "hub" / "README.md").read_text()
     facts = json.loads((whole_run / "facts.json").read_text())
     assert facts["tokens"] > 0 and f"{facts['tokens']:,} tokens in 4 steps" in card
-    assert "held-out loss of the answers" in card and f"{facts['before']['held_out_loss']:.4g} |" in card
-    assert f"{facts['after']['held_out_loss']:.4g} |" in card and "base_model: user/base" in card
+    assert "held-out loss of the answers" in card and f"{facts['before']['validation_loss']:.4g} |" in card
+    assert f"{facts['after']['validation_loss']:.4g} |" in card and "base_model: user/base" in card
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,24 @@ def test_a_resumed_run_has_the_curve_of_the_whole_one_and_refuses_another_recipe
     assert curve(output) == pytest.approx(curve(whole_run), abs=1e-5)
 
 
+def test_a_finished_run_repeated_keeps_its_facts(checkpoint, whole_run, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    facts = json.loads((output / "facts.json").read_text()) | {"commit": "1234567"}
+    assert facts["train_seconds"] > 0
+    (output / "facts.json").write_text(json.dumps(facts))
+    finetune.main(command(checkpoint, output, learning_rate=0.01, scored_problems=2, max_new_tokens=4))
+    assert json.loads((output / "facts.json").read_text()) == facts
+    assert curve(output) == curve(whole_run)
+
+
 def test_lora_trains_and_resumes(checkpoint, tmp_path):
     recipe = {"config": ROOT / "configuration/finetune/lora.yaml", "learning_rate": 0.01}
     finetune.main(command(checkpoint, tmp_path, **recipe))
     whole = curve(tmp_path)
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert set(facts["trained_parameters"]) == {"attention", "experts", "router"}
-    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"]
+    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"]
     shutil.rmtree(tmp_path / "checkpoint-4")
     finetune.main(command(checkpoint, tmp_path, **recipe))
     assert curve(tmp_path) == pytest.approx(whole, abs=1e-5)
@@ -150,7 +161,7 @@ def test_qlora_trains_and_says_what_is_really_in_4_bits(checkpoint, tmp_path, ca
     share = attention / CoEForCausalLM(config).num_parameters()
     assert f"{share:.1%} of the weights are in 4 bits" in capsys.readouterr().out
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["after"]["held_out_loss"] < facts["before"]["held_out_loss"]
+    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"]
 
 
 def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(checkpoint, tmp_path, monkeypatch):
@@ -237,7 +248,7 @@ def test_a_preset_is_no_checkpoint(tmp_path):
         finetune.main(command(ROOT / "configuration/models/coe_tiny.json", tmp_path))
 
 
-def test_held_out_loss_counts_every_completion_token_once(checkpoint):
+def test_validation_loss_counts_every_completion_token_once(checkpoint):
     model = CoEForCausalLM.from_pretrained(checkpoint).eval()
     documents = load_documents(DataArguments(train_problems=1, validation_problems=7))["validation"]
     tokenizer = load_tokenizer(str(checkpoint), documents, 320)
@@ -250,7 +261,7 @@ def test_held_out_loss_counts_every_completion_token_once(checkpoint):
         for position in range(start, len(ids)):
             total -= log_probs[position - 1, ids[position]].item()
             count += 1
-    assert held_out_loss(model, tokenizer, documents, batch_size=3) == pytest.approx(total / count, rel=1e-5)
+    assert validation_loss(model, tokenizer, documents, batch_size=3) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_long_documents_are_dropped_only_when_asked_for(checkpoint):

@@ -9,15 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer import logger as trainer_logger
 
-from modeling_coe.train import pretrain
+from modeling_coe.train import pretrain, report
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from modeling_coe.train.checkpoints import checkpoints, newest_checkpoint
+from modeling_coe.train.report import read_curve
 
 
 PROJECT = Path(__file__).parents[1]
@@ -47,7 +51,7 @@ def options(preset, output, **changes) -> list[str]:
 
 def curve(output: Path) -> list[dict]:
     """The loss curve without what depends on the speed of the machine."""
-    noise = ("runtime", "per_second", "memory")
+    noise = ("runtime", "seconds", "per_second", "memory")
     rows = [json.loads(line) for line in (output / "loss_curve.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not any(word in key for word in noise)} for row in rows]
 
@@ -78,7 +82,7 @@ def test_a_run_leaves_a_model_that_loads_its_tokenizer_its_curve_and_its_facts(w
     assert (whole_run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(whole_run, preset):
+def test_the_validation_loss_is_the_mean_over_all_validation_tokens(whole_run, preset):
     model = AutoModelForCausalLM.from_pretrained(whole_run)
     tokenizer = AutoTokenizer.from_pretrained(whole_run)
     _, data, training = parse(ModelArguments, DataArguments, PretrainArguments, arguments=options(preset, "unused"))
@@ -164,6 +168,104 @@ def test_a_finished_run_repeated_or_killed_before_its_last_save_is_the_same_run(
     facts, before = (json.loads((folder / "facts.json").read_text()) for folder in (output, whole_run))
     for name in ("steps", "tokens", "validation_loss", "share_solved"):
         assert facts[name] == before[name]
+
+
+def test_a_finished_run_scored_again_keeps_the_facts_of_the_machine_that_trained_it(whole_run, preset, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    facts = json.loads((output / "facts.json").read_text())
+    assert facts["train_seconds"] > 0 and facts["resumed_from"] is None
+    elsewhere = {"train_seconds": 77.7, "commit": "1234567", "python": "3.99", "device": "Another (CPU)"}
+    (output / "facts.json").write_text(json.dumps(facts | elsewhere))
+    pretrain.main(options(preset, output, scored_problems=3))
+    again = json.loads((output / "facts.json").read_text())
+    assert again == facts | elsewhere | {"scored_problems": 3, "share_solved": again["share_solved"]}
+
+
+def test_a_longer_run_does_not_keep_the_facts_of_the_shorter_one(whole_run, preset, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    facts = json.loads((output / "facts.json").read_text()) | {"steps": 8, "commit": "1234567"}
+    (output / "facts.json").write_text(json.dumps(facts))
+    pretrain.main(options(preset, output))
+    assert json.loads((output / "facts.json").read_text())["commit"] != "1234567"
+
+
+def test_a_resumed_run_reports_the_seconds_of_all_its_legs(preset, whole_run, tmp_path, monkeypatch):
+    """Each step takes ten seconds of a clock of our own, those included that a kill made the next leg repeat."""
+    clock = iter(range(0, 10**6, 10))
+    now = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    step = pretrain.Trainer.training_step
+
+    def ten_seconds(self, *args, **kwargs):
+        now[0] = float(next(clock)) + 10
+        if self.state.global_step == 7 and now[0] < 100:
+            raise RuntimeError("killed")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Trainer, "training_step", ten_seconds)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain.main(options(preset, tmp_path))
+    pretrain.main(options(preset, tmp_path))
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["resumed_from"] == "checkpoint-4"
+    # Six logged steps, and the eight after checkpoint-4 once more; the step that died was not logged.
+    assert facts["train_seconds"] == 10 * (6 + 8)
+    assert [row["train_seconds"] for row in read_curve(tmp_path) if "loss" in row] == [20, 40, 80, 100, 120, 140]
+    assert curve(tmp_path) == curve(whole_run)
+
+
+def test_ctrl_c_ends_with_one_line_that_names_the_checkpoint_to_continue_from(preset, tmp_path, monkeypatch, capsys):
+    step = pretrain.Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == due:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Trainer, "training_step", interrupted)
+    for due, place in ((3, "the start, there is no checkpoint yet"), (6, tmp_path / "checkpoint-4")):
+        with pytest.raises(SystemExit) as end:
+            pretrain.main(options(preset, tmp_path))
+        assert end.value.code == 130
+        *_, line = capsys.readouterr().err.strip().splitlines()
+        assert line == f"Interrupted at step {due}. The same command continues from {place}."
+
+
+def test_a_run_and_its_resumption_warn_of_nothing(preset, tmp_path, monkeypatch):
+    """With tied weights, of which a file has one name, and without `use_cpu`, as on a machine that has no GPU."""
+    tied = tmp_path / "tied.json"
+    tied.write_text(json.dumps({"model_type": "coe", **TINY, "tie_word_embeddings": True}))
+    messages = []
+    monkeypatch.setattr(trainer_logger, "warning", lambda message, *args, **kwargs: messages.append(message))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The interpreter's and the operating system's, of no concern to the run.
+        warnings.filterwarnings("ignore", category=ResourceWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        for steps in (4, 8):
+            pretrain.main(options(tied, tmp_path / "run", max_steps=steps, use_cpu=False))
+    assert messages == []
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["resumed_from"] == "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"num_input_tokens_seen": 10, "loss": 2.0}],
+        [{"num_input_tokens_seen": 10, "eval_loss": 0.5, "eval_solved": 1.0}],
+        [{"num_input_tokens_seen": n, "loss": loss} for n, loss in ((10, 1.0), (20, 0.0))],
+        [{"num_input_tokens_seen": n, "loss": 0.0, "eval_loss": 0.0} for n in (10, 20)],
+    ],
+    ids=["nothing", "one point", "evaluated only", "reaches zero", "zero"],
+)
+def test_every_curve_can_be_drawn(rows, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.plot_curve(rows, tmp_path / "curve.png", "run")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole_run, preset, tmp_path):

@@ -86,7 +86,7 @@ class LayoutArguments:
 
 @dataclass
 class DataArguments:
-    """Which documents, how they are laid out, and what is scored on the held-out ones."""
+    """Which documents, how they are laid out, and what is scored on those of the validation split."""
 
     dataset: str = field(
         default="word_problems",
@@ -98,13 +98,13 @@ class DataArguments:
     answer_column: str = field(default="answer", metadata={"help": "Column of a question-answer dataset."})
     validation_size: int | None = field(
         default=None,
-        metadata={"help": "Documents to hold out of a dataset that has neither a validation nor a test split."},
+        metadata={"help": "Documents to validate on, of a dataset that has neither a validation nor a test split."},
     )
     max_train_documents: int | None = field(default=None, metadata={"help": "Use only the first ones. Default: all."})
-    max_validation_documents: int | None = field(default=None, metadata={"help": "Likewise, of the held-out split."})
+    max_validation_documents: int | None = field(default=None, metadata={"help": "Likewise, of the validation split."})
     problem_level: int = field(default=1, metadata={"help": "Level of the generated problems, 1 (easiest) to 4."})
     train_problems: int = field(default=20_000, metadata={"help": "Generated problems to train on."})
-    validation_problems: int = field(default=500, metadata={"help": "Generated problems to hold out."})
+    validation_problems: int = field(default=500, metadata={"help": "Generated problems to validate on."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of a packed block; the longest document."})
     split_long_documents: bool = field(
         default=False, metadata={"help": "Cut documents longer than `sequence_length` instead of refusing them."}
@@ -113,7 +113,8 @@ class DataArguments:
         default=False, metadata={"help": "Fine-tuning: leave out longer documents instead of refusing them."}
     )
     scored_problems: int = field(
-        default=200, metadata={"help": "Held-out problems answered by greedy decoding at each evaluation; 0 for none."}
+        default=200,
+        metadata={"help": "Validation problems answered by greedy decoding at each evaluation; 0 for none."},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer."})
 
@@ -160,6 +161,7 @@ class PretrainArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.logging_nan_inf_filter:
             raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
         if self.load_best_model_at_end:
@@ -180,7 +182,10 @@ class FinetuneArguments(SFTConfig):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of Trainer."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: `no`, `steps` or `epoch`."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Complete checkpoints to keep."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep a layer's input only; recompute."})
+    # None is off, as False is, and no use of a name that transformers 5.23 deprecates.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Keep a layer's input only; recompute."}
+    )
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "The curve's x axis."})
@@ -190,6 +195,7 @@ class FinetuneArguments(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         if self.logging_nan_inf_filter:
             raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
 
@@ -292,6 +298,9 @@ def command_line(main: Callable) -> Callable:
             return main()
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             sys.exit(f"error: {error}\n(PYTHONDEVMODE=1 in the environment shows the traceback.)")
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            sys.exit(130)
 
     return run
 

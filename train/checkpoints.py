@@ -10,13 +10,16 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerState
 from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME
 
@@ -36,6 +39,31 @@ class AtomicCheckpoints:
     """
 
     _is_saving = False
+
+    def train(self, *args, **kwargs):
+        with self._interruptible():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._interruptible():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _interruptible(self):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.is_world_process_zero():
+                start = newest_checkpoint(Path(self.args.output_dir)) or "the start, there is no checkpoint yet"
+                step = self.state.global_step
+                print(f"\nInterrupted at step {step}. The same command continues from {start}.", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    def _issue_warnings_after_load(self, load_result):
+        # Private in Trainer (5.23), which reports the second name of a tied weight as missing from the file.
+        tied = self.model.all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         # fp16's loss scaler meets infinite gradients as a matter of course and skips those updates.
@@ -111,6 +139,23 @@ class ShardedCheckpoints:
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer_distributed(self.model, self.optimizer, os.path.join(checkpoint, OPTIMIZER))
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+def train(trainer: Trainer, checkpoint: Path | None) -> bool:
+    """Train to the end, from the checkpoint if there is one; False if that is the end, and was only loaded."""
+    if checkpoint is None:
+        trainer.train()
+        return True
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    arguments = trainer.args
+    by_steps = arguments.max_steps > 0
+    if state.global_step < arguments.max_steps if by_steps else state.epoch < arguments.num_train_epochs:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return True
+    # Trainer (5.23) would go on for one more step.
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    return False
 
 
 def publish(folder: Path, name: str, keep: int | None):

@@ -37,7 +37,7 @@ def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
     """The splits `train` and `validation`, with the columns `prompt` and `completion` or the one column `text`.
 
     A question becomes the prompt `Question: ...\\nAnswer:`, its answer the completion. Without a split called
-    validation the test split is held out, without either the last `validation_size` of the shuffled documents.
+    validation the test split takes its place; without either, the last `validation_size` of the shuffled documents do.
 
     Raises:
         ValueError: an empty or missing split, or missing columns.
@@ -50,7 +50,7 @@ def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
         }
         columns = DataArguments()
     else:
-        splits, columns = _hold_out(_read(arguments), arguments, seed), arguments
+        splits, columns = _set_aside(_read(arguments), arguments, seed), arguments
     limits = {"train": arguments.max_train_documents, "validation": arguments.max_validation_documents}
     for split, limit in limits.items():
         if limit is not None:
@@ -80,7 +80,7 @@ def _read(arguments: DataArguments) -> DatasetDict:
         ) from error
 
 
-def _hold_out(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict[str, Dataset]:
+def _set_aside(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict[str, Dataset]:
     if "train" not in splits:
         raise ValueError(f"`dataset={arguments.dataset}` has the splits {list(splits)}; name one file or split train.")
     for name in ("validation", "test"):
@@ -112,9 +112,9 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
         return {"text": check(row[text], index)}
 
     if question in names and answer in names:
-        return documents.map(from_pair, with_indices=True, remove_columns=names)
+        return documents.map(from_pair, with_indices=True, remove_columns=names, desc=f"Reading {split}")
     if text in names:
-        return documents.map(from_text, with_indices=True, remove_columns=names)
+        return documents.map(from_text, with_indices=True, remove_columns=names, desc=f"Reading {split}")
     raise ValueError(
         f"The {split} split has the columns {names}, neither `{text}` nor `{question}` and `{answer}`; name them with "
         "`text_column`, or `question_column` and `answer_column`."
@@ -185,7 +185,7 @@ def pack(
             f"The longest document has {longest} tokens, `sequence_length={sequence_length}` at most; raise it to "
             f"{longest}, or set `split_long_documents=true`."
         )
-    return pack_dataset(tokens, sequence_length, strategy="bfd_split")
+    return pack_dataset(tokens, sequence_length, strategy="bfd_split", map_kwargs={"desc": "Packing"})
 
 
 def _encode(documents: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
@@ -226,7 +226,7 @@ def as_problems(documents: Dataset, count: int) -> Dataset:
         end = max(1, len(row["text"]) // 4)
         return {"prompt": row["text"][:end], "completion": row["text"][end:]}
 
-    return documents.map(cut, remove_columns=["text"])
+    return documents.map(cut, remove_columns=["text"], desc="Cutting prompts")
 
 
 def final_answer(text: str) -> str | None:
@@ -236,7 +236,7 @@ def final_answer(text: str) -> str | None:
 
 
 @torch.no_grad()
-def held_out_loss(
+def validation_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Dataset, batch_size: int = 16
 ) -> float:
     """Nats per token of the completions, of whole texts where there are no prompts; every token counts the same."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Score a checkpoint or an adapter: held-out loss, share of problems solved, and lm_eval tasks, into facts.json:
+"""Score a checkpoint or an adapter: validation loss, share of problems solved, and lm_eval tasks, into facts.json:
 
     python train/eval_lm.py --model runs/finetune_lora --dataset path/or/hub-id --scored_problems 100
     python train/eval_lm.py --model runs/smoke --tasks my_task --task_folder path/to/yaml --output_dir runs/smoke/eval
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
 from modeling_coe.train.checkpoints import prepare_output, write_json
-from modeling_coe.train.data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
-from modeling_coe.train.report import environment
+from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
+from modeling_coe.train.report import environment, keep_output_short
 
 
 @dataclass
@@ -78,6 +78,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argume
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, evaluation = parse(ModelArguments, DataArguments, EvaluationArguments, arguments=arguments)
+    keep_output_short()
     output = Path(evaluation.output_dir)
     prepare_output(output)
     model = load(model_arguments)
@@ -86,12 +87,12 @@ def main(arguments: list[str] | None = None):
     length = min(data.sequence_length, model.config.max_position_embeddings)
     documents = short_enough(documents, "validation", tokenizer, length, data.drop_long_documents)
 
-    loss = held_out_loss(model, tokenizer, documents, evaluation.batch_size)
+    loss = validation_loss(model, tokenizer, documents, evaluation.batch_size)
     facts = {
         "model": model_arguments.model,
         "dataset": data.dataset,
-        "held_out_documents": len(documents),
-        "held_out_loss": loss,
+        "validation_documents": len(documents),
+        "validation_loss": loss,
         "perplexity": math.exp(min(loss, math.log(sys.float_info.max))),
     }
     problems = as_problems(documents, data.scored_problems)

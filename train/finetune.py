@@ -7,16 +7,21 @@
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`) or `text`. The loss is
 that of the answers. A run that was killed continues from its newest complete checkpoint with the same command.
 `output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl and .png, samples.json, and facts.json
-with the held-out loss before and after.
+with the validation loss before and after.
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from datasets import DatasetDict
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.distributed import DistributedConfig
 from trl import SFTTrainer
 
@@ -37,14 +42,27 @@ from modeling_coe.train.checkpoints import (
     match_record,
     newest_checkpoint,
     prepare_output,
+    train,
     write_json,
 )
-from modeling_coe.train.data import as_problems, held_out_loss, load_documents, load_tokenizer, short_enough, solve
-from modeling_coe.train.report import Curve, RoutingHealth, environment, facts_of, peak_memory, plot_curve
+from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
+from modeling_coe.train.report import (
+    Curve,
+    RoutingHealth,
+    environment,
+    facts_of,
+    facts_of_training,
+    keep_output_short,
+    peak_memory,
+    plot_curve,
+    print_result,
+    seconds_trained,
+    show_progress,
+)
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):
-    """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how the held-out batch is routed."""
+    """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how a validation batch is routed."""
 
 
 def load_model(
@@ -112,9 +130,9 @@ def record_of(
 def score(
     trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int
 ) -> tuple[dict[str, float], list[dict]]:
-    """Held-out loss per token and the share of problems solved, and the answers to them."""
+    """Validation loss per token and the share of problems solved, and the answers to them."""
     tokenizer = trainer.processing_class
-    result = {"held_out_loss": held_out_loss(trainer.model, tokenizer, documents["validation"], batch_size)}
+    result = {"validation_loss": validation_loss(trainer.model, tokenizer, documents["validation"], batch_size)}
     problems = as_problems(documents["validation"], data.scored_problems)
     answers = solve(trainer.model, tokenizer, problems, batch_size, data.max_new_tokens) if len(problems) else []
     if answers:
@@ -126,6 +144,7 @@ def score(
 def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
     model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments)
+    keep_output_short()
     training.max_length = data.sequence_length
     output = Path(training.output_dir)
     set_seed(training.seed)
@@ -152,11 +171,12 @@ def main(arguments: list[str] | None = None):
         callbacks=[Curve()],
         peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
     )
+    show_progress(trainer)
     trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
     print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
 
     before, _ = score(trainer, documents, data, training.per_device_eval_batch_size)
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    has_trained = train(trainer, checkpoint)
     after, answers = score(trainer, documents, data, training.per_device_eval_batch_size)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -169,24 +189,26 @@ def main(arguments: list[str] | None = None):
             "steps": trainer.state.global_step,
             "tokens": int(trainer.state.num_input_tokens_seen),
             "train_documents": len(documents["train"]),
-            "held_out_documents": len(documents["validation"]),
+            "validation_documents": len(documents["validation"]),
             "before": before,
             "after": after,
-            "validation_loss_before": before["held_out_loss"],
-            "validation_loss": after["held_out_loss"],
+            "validation_loss_before": before["validation_loss"],
+            "validation_loss": after["validation_loss"],
             "share_solved": after.get("share_solved"),
             "scored_problems": len(answers),
-            "train_seconds": round(result.metrics["train_runtime"], 1),
+            "train_seconds": seconds_trained(trainer.state.log_history),
             "resumed_from": None if checkpoint is None else checkpoint.name,
             "peak_memory_gib": round(peak_memory(training.device), 3),
             "learning_rate": training.learning_rate,
             "seed": training.seed,
             **environment(training.device),
         }
+        if not has_trained:
+            facts |= facts_of_training(output, facts["steps"])
         write_json(output / "samples.json", answers)
         plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(data.dataset).name}")
         write_json(output / "facts.json", facts)
-        print(json.dumps(facts, indent=2))
+        print_result(facts, output)
 
 
 if __name__ == "__main__":

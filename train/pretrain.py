@@ -13,7 +13,6 @@ final model with its tokenizer, loss_curve.jsonl and .png, samples.json and fact
 """
 
 import hashlib
-import json
 import zlib
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
@@ -44,14 +43,27 @@ from modeling_coe.train.checkpoints import (
     match_record,
     newest_checkpoint,
     prepare_output,
+    train,
     write_json,
 )
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, solve
-from modeling_coe.train.report import Curve, Progress, RoutingHealth, environment, facts_of, peak_memory, plot_curve
+from modeling_coe.train.report import (
+    Curve,
+    RoutingHealth,
+    environment,
+    facts_of,
+    facts_of_training,
+    keep_output_short,
+    peak_memory,
+    plot_curve,
+    print_result,
+    seconds_trained,
+    show_progress,
+)
 
 
 class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
-    """Trainer that writes whole checkpoints, stops at a NaN, and scores the held-out problems when it evaluates."""
+    """Trainer that writes whole checkpoints, stops at a NaN, and scores the validation problems when it evaluates."""
 
     def __init__(self, *args, problems: Dataset, max_new_tokens: int, **kwargs):
         super().__init__(*args, preprocess_logits_for_metrics=sum_of_losses, compute_metrics=loss_per_token, **kwargs)
@@ -93,7 +105,7 @@ def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def loss_per_token(evaluation) -> dict[str, float]:
-    """Every held-out token counts the same, however the rows were batched."""
+    """Every validation token counts the same, however the rows were batched."""
     total, count = evaluation.predictions.astype(np.float64).sum(axis=0)
     return {"loss_per_token": total / count}
 
@@ -172,6 +184,7 @@ def main(arguments: list[str] | None = None):
     model_arguments, data_arguments, layout, training = parse(
         ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments
     )
+    keep_output_short()
     output = Path(training.output_dir)
     if training.process_index == 0:
         prepare_output(output)
@@ -204,33 +217,18 @@ def main(arguments: list[str] | None = None):
         problems=as_problems(documents["validation"], data_arguments.scored_problems),
         max_new_tokens=data_arguments.max_new_tokens,
     )
-    if not training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
+    show_progress(trainer)
 
-    seconds = train(trainer, checkpoint)
+    has_trained = train(trainer, checkpoint)
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
-        report(trainer, model_arguments, data_arguments, seconds, checkpoint)
+        report(trainer, model_arguments, data_arguments, checkpoint, has_trained)
 
 
-def train(trainer: Pretrainer, checkpoint: Path | None) -> float:
-    """Train from the checkpoint to the end, in so many seconds; 0 if the checkpoint is the end."""
-    if checkpoint is None:
-        return trainer.train().metrics["train_runtime"]
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if not 0 < trainer.args.max_steps <= state.global_step:
-        return trainer.train(resume_from_checkpoint=str(checkpoint)).metrics["train_runtime"]
-    # Trainer (5.23) would go on for one more step.
-    trainer.state = state
-    trainer._load_from_checkpoint(str(checkpoint))
-    return 0.0
-
-
-def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seconds: float, checkpoint: Path | None):
+def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, checkpoint: Path | None, is_new: bool):
     """Write facts.json, samples.json and loss_curve.png, and print the result with two samples."""
     output = Path(trainer.args.output_dir)
     at_start = [row["eval_loss"] for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row]
@@ -245,19 +243,21 @@ def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, seco
         "validation_loss": trainer.metrics["eval_loss"],
         "share_solved": trainer.metrics.get("eval_solved"),
         "scored_problems": len(trainer.answers),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": seconds_trained(trainer.state.log_history),
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "peak_memory_gib": round(peak_memory(trainer.args.device), 3),
         "learning_rate": trainer.args.learning_rate,
         "seed": trainer.args.seed,
         **environment(trainer.args.device),
     }
+    if not is_new:
+        facts |= facts_of_training(output, facts["steps"])
     write_json(output / "samples.json", trainer.answers)
     plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(model.model).stem}")
     write_json(output / "facts.json", facts)
     for answer in trainer.answers[:2]:
         print(f"\n{answer['prompt']}{answer['generated']}\n({'solved' if answer['solved'] else 'not solved'})")
-    print(f"\n{json.dumps(facts, indent=2)}")
+    print_result(facts, output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import platform
 import resource
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,7 +18,8 @@ from pathlib import Path
 import matplotlib
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import logging
 
 
 matplotlib.use("Agg")
@@ -27,6 +30,13 @@ CURVE = "loss_curve.jsonl"
 ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
+def keep_output_short():
+    """What a person reads in the terminal is the run: no bars of files that load and save in a moment."""
+    logging.disable_progress_bar()
+    # PEFT (0.21) asks the model by the name that transformers (5.23) has deprecated.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 class Progress(ProgressCallback):
     """A bar with loss, tokens per second and memory; evaluations get a line of their own."""
 
@@ -35,26 +45,54 @@ class Progress(ProgressCallback):
             return
         if "loss" in logs:
             speed = f"{logs['train_tokens_per_second']:,.0f} tokens/s, " if "train_tokens_per_second" in logs else ""
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{logs['memory_gib']:.2f} GiB")
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{peak_memory(args.device):.2f} GiB")
         elif "eval_loss" in logs:
             solved = f", solved {logs['eval_solved']:.1%}" if "eval_solved" in logs else ""
-            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{solved}")
+            self.training_bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{solved}")
+
+
+def show_progress(trainer: Trainer):
+    """Put `Progress` in the place of Trainer's own bar, unless bars are off."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress())
 
 
 class Curve(TrainerCallback):
-    """Keeps `loss_curve.jsonl`; a resumed run first goes back to what its checkpoint had logged."""
+    """Keeps `loss_curve.jsonl`; a resumed run first goes back to what its checkpoint had logged.
+
+    Every row has `train_seconds`, those of all legs of the run together, with the steps that a kill undid.
+    """
+
+    before, start = 0.0, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            last_leg = read_curve(Path(args.output_dir)) if state.log_history else []
+            self.before = seconds_trained([*state.log_history, *last_leg])
+            self.start = time.monotonic()
             self._write(args, state.log_history, "w")
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            if self.start is not None:
+                seconds = self.before + time.monotonic() - self.start
+                state.log_history[-1]["train_seconds"] = round(seconds, 1)
             self._write(args, state.log_history[-1:], "a")
 
     def _write(self, args, rows: list[dict], mode: str):
         with open(Path(args.output_dir) / CURVE, mode) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows if "loss" in row or "eval_loss" in row)
+
+
+def read_curve(folder: Path) -> list[dict]:
+    """The rows of a run's `loss_curve.jsonl`, without a last one that a kill cut short; none if there is no file."""
+    lines = (folder / CURVE).read_text().splitlines(keepends=True) if (folder / CURVE).is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def seconds_trained(rows: list[dict]) -> float:
+    return max((row.get("train_seconds", 0.0) for row in rows), default=0.0)
 
 
 class RoutingHealth:
@@ -97,32 +135,37 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
 
 
 def plot_curve(rows: list[dict], path: Path, title: str):
-    """Training and held-out loss over the training tokens, and the share of held-out problems solved, as PNG."""
+    """Training and validation loss over the training tokens, and the share of validation problems solved, as PNG."""
     train = [(row["num_input_tokens_seen"], row["loss"]) for row in rows if "loss" in row]
-    held_out = [(row["num_input_tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    validation = [(row["num_input_tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     solved = [(row["num_input_tokens_seen"], 100 * row["eval_solved"]) for row in rows if "eval_solved" in row]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.5, label="training loss")
-    if held_out:
-        axis.plot(*zip(*held_out, strict=True), "o-", color="#08519c", markersize=4, label="held-out loss")
+    if train:
+        style = {"color": "#9ecae1", "linewidth": 1.5, "marker": "." if len(train) == 1 else None}
+        axis.plot(*zip(*train, strict=True), **style, label="training loss")
+    if validation:
+        axis.plot(*zip(*validation, strict=True), "o-", color="#08519c", markersize=4, label="validation loss")
     axis.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title, xlim=(0, None))
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)))
+    losses = [loss for _, loss in (*train, *validation)]
+    if losses and min(losses) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8)))
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=" "))
     axis.grid(color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
     lines = axis.get_lines()
     if solved:
         share = axis.twinx()
-        style = {"color": "#d94801", "markersize": 4, "clip_on": False, "label": "held-out problems solved"}
+        style = {"color": "#d94801", "markersize": 4, "clip_on": False, "label": "validation problems solved"}
         share.plot(*zip(*solved, strict=True), "s--", **style)
         share.set(ylabel="solved (%)", ylim=(0, 100))
         share.spines["top"].set_visible(False)
         lines = [*lines, *share.get_lines()]
     labels = [line.get_label() for line in lines]
-    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
+    if lines:
+        figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -168,6 +211,28 @@ def facts_of(model: str) -> dict | None:
     """What a checkpoint's folder says it was made of; None for a preset, a Hub id or a folder that says nothing."""
     path = Path(model) / "facts.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def facts_of_training(output: Path, steps: int) -> dict:
+    """Of a finished run that was only scored again: what its facts.json says of the training, if it is of these steps.
+
+    When, where and with which versions it trained stays on record, not where it was looked at.
+    """
+    facts = facts_of(str(output)) or {}
+    names = ("train_seconds", "resumed_from", "peak_memory_gib", "device", "threads", "python", "versions", "commit")
+    return {name: facts[name] for name in names if facts.get("steps") == steps}
+
+
+def print_result(facts: dict, output: Path):
+    """The result in three lines; facts.json has all of it."""
+    before = facts["validation_loss_before"]
+    start = "" if before is None else f"{before:.4f} before, "
+    share = facts["share_solved"]
+    solved = "" if share is None else f"; {share:.1%} of {facts['scored_problems']} validation problems solved"
+    memory = f"{facts['peak_memory_gib']:.2f} GiB"
+    print(f"\n{facts['steps']} steps, {facts['tokens']:,} tokens, {facts['train_seconds']:.0f} s, {memory}")
+    print(f"validation loss {start}{facts['validation_loss']:.4f}{solved}")
+    print(f"model, facts.json and samples.json in {output}; picture of the loss: {output / 'loss_curve.png'}")
 
 
 def _processor() -> str:

@@ -4,7 +4,7 @@
 
     python train/show_routing.py --model runs/smoke --dataset word_problems --output_dir runs/smoke/routing
 
-Reads held-out documents and writes routing.json, load.png and, for more than one iteration, transitions.png.
+Reads validation documents and writes routing.json, load.png and, for more than one iteration, transitions.png.
 """
 
 import json
@@ -31,7 +31,7 @@ class RoutingArguments:
     """How much to read, and where to write."""
 
     output_dir: str = field(default="runs/routing", metadata={"help": "Takes routing.json and the pictures."})
-    documents: int = field(default=64, metadata={"help": "Held-out documents to read."})
+    documents: int = field(default=64, metadata={"help": "Validation documents to read."})
     seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's is 42."})
 
 
