@@ -6,8 +6,9 @@ import difflib
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import auto_docstring, logging
 
 
@@ -49,8 +50,9 @@ QK_NORMS = (None, "head", "full")
 class CoEConfig(PreTrainedConfig):
     r"""
     Raises:
-        ValueError: a combination of fields that no model can have, naming the field, its value and the remedy; or an
-            unknown key that is one typing mistake away from a field.
+        ValueError: a value or a combination that no model can have, naming the field, its value and the remedy; or an
+            unknown key that is one typing mistake away from a field, or another model's name for it. In a stored
+            configuration such a key only gets a warning.
 
     Example:
 
@@ -64,7 +66,7 @@ class CoEConfig(PreTrainedConfig):
     ```"""
 
     model_type = "coe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
     default_theta = 1000000.0
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -107,7 +109,7 @@ class CoEConfig(PreTrainedConfig):
     sliding_window: int | None = None
     attention_dropout: float | int = 0.0
     num_iterations: int = 2
-    num_local_experts: int = 64
+    num_local_experts: int | None = None
     num_experts_per_tok: int = 4
     num_shared_experts: int = 0
     residual: str = "nested"
@@ -124,27 +126,70 @@ class CoEConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._refuse_misspelt(kwargs)
-        self._validate_chain()
+        # `model_type` is in every stored configuration, and no keyword that a person would type.
+        is_stored = "model_type" in kwargs
+        self._report_misspelt(kwargs, refuse=not is_stored)
+        self._set_num_local_experts(kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+        self.check()
+        if not is_stored:
+            self.check_pad_token()
+        self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
         if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_local_experts:
             logger.warning_once(
                 "CoEConfig: with `num_experts_per_tok=1` and `norm_topk_prob=True` every routing weight is 1, and the "
                 "routers learn from the balancing loss alone. Set `norm_topk_prob=False`."
             )
-        self.auto_map = dict(AUTO_MAP)
-        self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
-        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.check()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_architecture(self):
         """Checks that the fields describe a model that can exist; runs at creation, saving and loading."""
         super().validate_architecture()
-        self._validate_chain()
+        self.check()
 
-    def _validate_chain(self):
+    def validate_rope(self):
+        """transformers' checks, whose KeyError for a missing key becomes a ValueError, and those of the values."""
+        rope = self.rope_parameters or {}
+        rope_type, types = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
+        self._require("rope_parameters", rope_type in types, f"a dict whose `rope_type` is one of {types}")
+        for key, value in rope.items():
+            numbers = value if isinstance(value, list) else [value]
+            is_finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            known = key in ("rope_type", "type") or value is None or is_finite
+            self._require("rope_parameters", known, f"a dict of finite numbers, which `{key}={value!r}` is not")
+        self._require("rope_parameters", (rope.get("rope_theta") or 0) > 0, "a dict whose `rope_theta` is above 0")
+        whole = rope.get("partial_rotary_factor", 1.0) == 1
+        self._require("rope_parameters", whole, "without `partial_rotary_factor`: CoE rotates whole heads")
+        if rope_type == "longrope":
+            self._require("head_dim", self.head_dim is not None, "set where `rope_type='longrope'`")
+            for key in ("short_factor", "long_factor"):
+                fits = len(rope.get(key, [])) == self.head_dim // 2
+                self._require("rope_parameters", fits, f"a dict with head_dim / 2 = {self.head_dim // 2} `{key}`s")
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"CoEConfig: `rope_parameters={rope}`: {error.args[0]}") from error
+
+    def check_pad_token(self):
+        """The embedding's padding row must exist. Checked where a model is built, not while tokens are being added."""
+        inside = self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size
+        self._require("pad_token_id", inside, f"None or below vocab_size={self.vocab_size}, and not negative")
+
+    def check(self):
+        """Raises a ValueError for values that no model can have, which may have come after construction."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings", "num_iterations", "num_local_experts",
                      "num_experts_per_tok"):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "a positive integer")
+            value = getattr(self, name)
+            self._require(name, value is not None and value >= 1, "a positive integer")
         for name in ("num_shared_experts", "router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
@@ -152,6 +197,7 @@ class CoEConfig(PreTrainedConfig):
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "in [0, 1)")
         self._require("router_jitter_noise", self.router_jitter_noise < 1, "below 1")
         self._require("residual", self.residual in RESIDUALS, f"one of {RESIDUALS}")
+        self._require("hidden_act", self.hidden_act in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("qk_norm", self.qk_norm in QK_NORMS, f"one of {QK_NORMS}")
         self._require("sliding_window", self.sliding_window is None or self.sliding_window >= 1, "None or positive")
         self._require(
@@ -172,16 +218,32 @@ class CoEConfig(PreTrainedConfig):
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"a multiple of num_key_value_heads={self.num_key_value_heads}",
         )
+        self.validate_rope()
 
     def _require(self, name: str, condition: bool, requirement: str):
         if not condition:
             raise ValueError(f"CoEConfig: `{name}={getattr(self, name)!r}` must be {requirement}.")
 
-    def _refuse_misspelt(self, unknown: dict):
-        fields = [name for name in self.__dataclass_fields__ if name not in unknown]
+    def _report_misspelt(self, unknown: dict, refuse: bool):
+        known = [*self.__dataclass_fields__, *TRANSFORMERS_KEYS]
         for key, value in unknown.items():
-            if key not in HOST_KEYS and (close := difflib.get_close_matches(key, fields, n=1, cutoff=0.85)):
-                raise ValueError(f"CoEConfig: unknown key `{key}={value!r}`; did you mean `{close[0]}`?")
+            # Any `..._token_id` may be a token of its own: `eot_token_id` is no misspelt `eos_token_id`.
+            allowed = key in known or key.startswith("_") or key.endswith("_token_id")
+            close = [] if allowed else difflib.get_close_matches(key, known, 1, 0.85)
+            if meant := OTHER_NAMES.get(key, *close[:1]):
+                message = f"CoEConfig: unknown key `{key}={value!r}`; did you mean `{meant}`?"
+                if refuse:
+                    raise ValueError(message)
+                logger.warning(f"{message} It has no effect.")
+
+    def _set_num_local_experts(self, unknown: dict):
+        given = unknown.get("num_experts", self.num_local_experts)
+        if self.num_local_experts is not None and given != self.num_local_experts:
+            raise ValueError(
+                f"CoEConfig: `num_experts={given}` and `num_local_experts={self.num_local_experts}` are two names of "
+                "one field and must be equal: give one of them."
+            )
+        self.num_local_experts = 64 if given is None else given
 
     def _optional_tp_plan(self) -> dict[str, str]:
         """Tensor-parallel rules of the modules that only some configurations have (Qwen3-MoE's and OLMoE's rules)."""
@@ -206,7 +268,19 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_coe.CoEForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_coe.CoEForQuestionAnswering",
 }
-# Keys that the host consumes itself although no dataclass field declares them.
-HOST_KEYS = {"torch_dtype", "num_labels", "num_experts", "auto_map", "output_attentions", "name_or_path", "rope_theta"}
+# Keys that transformers reads although no dataclass field declares them.
+TRANSFORMERS_KEYS = (
+    "torch_dtype", "num_labels", "num_experts", "auto_map", "output_attentions", "name_or_path", "rope_theta",
+    "rope_scaling", "attn_implementation", "experts_implementation", "per_layer_config", "model_type",
+)  # fmt: skip
+# What other mixtures of experts call our fields; transformers would drop or ignore them silently.
+OTHER_NAMES = {
+    "top_k": "num_experts_per_tok",
+    "moe_top_k": "num_experts_per_tok",
+    "moe_topk": "num_experts_per_tok",
+    "n_experts": "num_local_experts",
+    "num_routed_experts": "num_local_experts",
+    "n_routed_experts": "num_local_experts",
+}
 
 __all__ = ["CoEConfig"]

@@ -439,6 +439,8 @@ class CoEPreTrainedModel(PreTrainedModel):
 class CoEModel(CoEPreTrainedModel):
     def __init__(self, config: CoEConfig):
         super().__init__(config)
+        config.check()
+        config.check_pad_token()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 

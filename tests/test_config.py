@@ -1,6 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""CoEConfig: what it refuses, and what it tells the host."""
+"""CoEConfig: what it refuses, and what it tells transformers."""
 
 import json
 
@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, MixtralConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-from modeling_coe import CoEConfig
+from modeling_coe import CoEConfig, CoEForCausalLM, configuration_coe
 
 
 IMPOSSIBLE = {
@@ -40,6 +40,22 @@ IMPOSSIBLE = {
     "NaN epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
     "dropout of one": ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
     "no window": ({"sliding_window": 0}, "sliding_window=0"),
+    "unknown activation": ({"hidden_act": "sillu"}, "hidden_act='sillu'"),
+    "unknown rope type": ({"rope_parameters": {"rope_type": "foo"}}, "'rope_type': 'foo'"),
+    "rope type of no string": ({"rope_parameters": {"rope_type": ["linear"]}}, "'rope_type': ['linear']"),
+    "theta as text": ({"rope_theta": "1e4"}, "rope_theta='1e4'"),
+    "theta of zero": ({"rope_theta": 0}, "'rope_theta': 0"),
+    "NaN theta": ({"rope_theta": float("nan")}, "rope_theta=nan"),
+    "factor as text": ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
+    "rotation of half a head": ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),
+    "longrope without a head width": (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+        "head_dim=None",
+    ),
+    "padding beyond the vocabulary": ({"pad_token_id": 32000}, "pad_token_id=32000"),
+    "negative padding": ({"pad_token_id": -1}, "pad_token_id=-1"),
+    "two numbers of experts": ({"num_experts": 8, "num_local_experts": 16}, "num_experts=8"),
+    "a number of experts beside the default": ({"num_experts": 8, "num_local_experts": 64}, "num_local_experts=64"),
 }
 
 
@@ -52,21 +68,83 @@ def test_impossible_configurations_name_field_value_and_remedy(case):
     assert "must be" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "field"),
-    [
-        ("num_iteration", "num_iterations"),
-        ("num_experts_per_token", "num_experts_per_tok"),
-        ("residuals", "residual"),
-        ("hidden_sise", "hidden_size"),
-        ("router_aux_loss_coeff", "router_aux_loss_coef"),
-        ("norm_topk_probs", "norm_topk_prob"),
-    ],
-)
-def test_misspelt_keys_are_refused_with_the_field_they_mean(tmp_path, key, field):
+def test_a_rope_type_without_its_factor_is_refused():
+    with pytest.raises(ValueError, match=r"rope_parameters=.*'linear'.*factor"):
+        CoEConfig(rope_parameters={"rope_type": "linear"})
+
+
+MISSPELT = {
+    "num_iteration": "num_iterations",
+    "num_experts_per_token": "num_experts_per_tok",
+    "residuals": "residual",
+    "hidden_sise": "hidden_size",
+    "router_aux_loss_coeff": "router_aux_loss_coef",
+    "norm_topk_probs": "norm_topk_prob",
+    "top_k": "num_experts_per_tok",
+    "n_routed_experts": "num_local_experts",
+    "moe_intermediate_size": "intermediate_size",
+    "num_label": "num_labels",
+    "rope_thetas": "rope_theta",
+}
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_misspelt_keys_are_refused_where_they_are_typed_and_reported_where_they_are_stored(key, tmp_path, monkeypatch):
+    message = f"`{key}=2`; did you mean `{MISSPELT[key]}`"
+    with pytest.raises(ValueError, match=message):
+        CoEConfig(**SMALL, **{key: 2})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "coe", **SMALL, key: 2}))
-    with pytest.raises(ValueError, match=rf"`{key}=2`; did you mean `{field}`"):
-        AutoConfig.from_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr(configuration_coe.logger, "warning", warnings.append)
+    for load in (AutoConfig.from_pretrained, CoEConfig.from_pretrained):
+        assert load(tmp_path).num_iterations == SMALL["num_iterations"]
+    CoEConfig.from_dict({**SMALL, key: 2})
+    assert len(warnings) == 3 and all(message in warning for warning in warnings)
+
+
+PLAUSIBLE = (
+    "eot_token_id sep_token_id boi_token_id eos_token pad_token num_iteration n_shared_experts hidden_sizes num_label "
+    "architecture use_sliding_window attention_heads v_head_dim tokenizer_class finetuning_task problem_types dtypes "
+    "tie_word_embedding hidden_activation head_dims is_decoder mlp_bias qk_norms model_types output_router_logit"
+).split()
+
+
+def test_what_was_saved_loads_again_and_copies_itself(tmp_path):
+    config = CoEConfig(**SMALL)
+    for key in PLAUSIBLE:
+        setattr(config, key, 5)
+    config.save_pretrained(tmp_path)
+    for loaded in (CoEConfig.from_pretrained(tmp_path), CoEConfig(**config.to_dict())):
+        assert [getattr(loaded, key) for key in PLAUSIBLE] == [5] * len(PLAUSIBLE)
+
+
+def test_tokens_of_their_own_are_no_misspelling(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(configuration_coe.logger, "warning", warnings.append)
+    assert CoEConfig(eot_token_id=5, sep_token_id=6, decoder_start_token_id=7).eot_token_id == 5
+    CoEConfig(**CoEConfig(eot_token_id=5).to_dict())
+    assert warnings == []
+
+
+@pytest.mark.parametrize("field, value", [("num_experts_per_tok", 8), ("num_iterations", 0), ("hidden_act", "sillu")])
+def test_changed_configurations_are_checked_before_they_become_a_model(field, value):
+    config = CoEConfig(**SMALL)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=rf"`{field}={value!r}` must be"):
+        CoEForCausalLM(config)
+
+
+def test_a_padding_token_may_come_before_its_embedding_and_only_a_model_refuses_it(tmp_path):
+    model = build()
+    model.config.pad_token_id = SMALL["vocab_size"]  # as TRL sets it
+    model.resize_token_embeddings(SMALL["vocab_size"] + 1, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    assert CoEForCausalLM.from_pretrained(tmp_path).model.embed_tokens.padding_idx == SMALL["vocab_size"]
+    model.config.pad_token_id = 200
+    model.config.save_pretrained(tmp_path)  # nobody loses a trained model for it
+    with pytest.raises(ValueError, match="`pad_token_id=200` must be"):
+        CoEForCausalLM.from_pretrained(tmp_path)
+    assert CoEForCausalLM.from_pretrained(tmp_path, pad_token_id=3).config.pad_token_id == 3
 
 
 def test_wrong_types_are_refused_with_field_and_value():
@@ -77,7 +155,7 @@ def test_wrong_types_are_refused_with_field_and_value():
 def test_changed_configurations_are_checked_before_they_are_saved(tmp_path):
     config = CoEConfig()
     config.num_experts_per_tok = 65
-    with pytest.raises(StrictDataclassError, match="num_experts_per_tok=65"):
+    with pytest.raises(ValueError, match="num_experts_per_tok=65"):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
