@@ -79,7 +79,7 @@ def residual(axes, start, end, text, x=7.9):
 
 def draw(path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2))
-    panel(left, "Mixture-of-Experts", "2K experts of N, once: they never hear each other")
+    panel(left, "Mixture-of-Experts", "2K of N experts, once: none sees what another computed")
     box(left, 3.0, 0.0, 2.0, 0.42, "norm(h)")
     arrow(left, (4.0, 0.42), (4.0, 1.7))
     top = iteration(left, 1.7, CHOSEN_BY_MOE, FIRST, "router", "N\nexperts")
@@ -87,7 +87,9 @@ def draw(path):
     left.text(4.15, 5.75, "added to h", fontsize=9, color=INK)
 
     panel(
-        right, "Chain-of-Experts, C = 2", "K of the same N, twice: the second router sees what the first experts made"
+        right,
+        "Chain-of-Experts, C = 2",
+        "K of the same N experts, twice: the second visit works on the result of the first",
     )
     box(right, 3.0, 0.0, 2.0, 0.42, "norm(h) = x₀")
     arrow(right, (4.0, 0.42), (4.0, 0.9))
