@@ -9,6 +9,7 @@ renamed to `checkpoint-N`. Whatever kills the process, a folder called `checkpoi
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -88,7 +89,7 @@ class AtomicCheckpoints:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(folder, name, self.args.save_total_limit)
+                complete(folder, name, self.args.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(folder).free / 2**20
             raise OSError(
@@ -158,7 +159,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> bool:
     return False
 
 
-def publish(folder: Path, name: str, keep: int | None):
+def complete(folder: Path, name: str, keep: int | None):
     """Flush and rename `.partial/name` to `name`, then drop all but the newest `keep` checkpoints."""
     partial = folder / PARTIAL / name
     files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -258,8 +259,14 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def write_json(path: Path, content):
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON, short lists and objects on one line; a reader sees the old file or the new one, never half of it."""
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", _one_line, json.dumps(content, indent=2))
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text + "\n")
     flush(temporary)
     os.replace(temporary, path)
+
+
+def _one_line(innermost: re.Match) -> str:
+    line = re.sub(r"\n *", " ", innermost[0])
+    return line if len(line) < 200 else innermost[0]

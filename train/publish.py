@@ -26,6 +26,7 @@ from modeling_coe.routing import Routing, plot_routing, record_routing
 from modeling_coe.train.arguments import command_line
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.train.hub import check_login, push, refuse_secrets
+from modeling_coe.train.report import save_picture
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # beside train/, in a wheel as well
@@ -177,7 +178,7 @@ def write_repository(options: argparse.Namespace, folder: Path):
     tokenizer.save_pretrained(folder)
     for name in CURVE_FILES:
         shutil.copy(options.run / name, folder)
-    plot_routing(route(model, tokenizer, samples)).savefig(folder / "routing.png", dpi=150)
+    save_picture(plot_routing(route(model, tokenizer, samples)), folder / "routing.png")
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     card.save(folder / "README.md")
     if entries := benchmark_results(facts):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves for its reader: progress, `loss_curve.jsonl`, `loss_curve.png`, and the facts of its machine."""
 
+import io
 import json
 import math
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -166,7 +168,14 @@ def plot_curve(rows: list[dict], path: Path, title: str):
     labels = [line.get_label() for line in lines]
     if lines:
         figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
+
+
+def save_picture(figure: plt.Figure, path: Path):
+    """PNG with a palette of 64 colours, a quarter of the usual size; closes the figure."""
+    with io.BytesIO() as file:
+        figure.savefig(file, dpi=110)
+        Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)
     plt.close(figure)
 
 

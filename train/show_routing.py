@@ -19,7 +19,7 @@ from modeling_coe.routing import Routing, plot_routing, plot_transitions, record
 from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
 from modeling_coe.train.checkpoints import prepare_output, write_json
 from modeling_coe.train.data import load_documents, load_tokenizer
-from modeling_coe.train.report import environment, facts_of
+from modeling_coe.train.report import environment, facts_of, save_picture
 
 
 KINDS = ("digits", "words", "signs")
@@ -86,9 +86,9 @@ def main(arguments: list[str] | None = None):
         "documents": len(documents),
     }
     write_json(output / "routing.json", facts | summary | environment(model.device))
-    plot_routing(routing).savefig(output / "load.png", dpi=130)
+    save_picture(plot_routing(routing), output / "load.png")
     if model.config.num_iterations > 1:
-        plot_transitions(routing).savefig(output / "transitions.png", dpi=130)
+        save_picture(plot_transitions(routing), output / "transitions.png")
     print(json.dumps(summary, indent=2))
 
 

@@ -7,12 +7,10 @@ python train/studies/draw_chain.py model_cards/chain.png
 
 import argparse
 
-import matplotlib
-
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from modeling_coe.train.report import save_picture
 
 
 INK, FAINT, FIRST, SECOND = "#22303c", "#c9d2da", "#2f7ebc", "#e07b39"
@@ -101,7 +99,7 @@ def draw(path):
     arrow(right, (4.0, top + 0.2), (4.0, 5.9))
     right.text(4.15, 5.75, "x₂ - x₀ is added to h", fontsize=9, color=INK)
     figure.tight_layout(w_pad=0.5)
-    figure.savefig(path, dpi=130, facecolor="white")
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

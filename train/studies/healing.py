@@ -87,7 +87,9 @@ def heal(arguments: HealingArguments, halves: list[Path], output: Path, seed: in
     preset = output / "source.json"
     CoEConfig(**sizes | {"num_experts_per_tok": arguments.num_experts_per_tok}).to_json_file(preset)
     source = output / "source"
-    runs = [train(arguments, preset, halves[0], source, arguments.source_steps, arguments.source_learning_rate, seed)]
+    runs = [
+        pretrain(arguments, preset, halves[0], source, arguments.source_steps, arguments.source_learning_rate, seed)
+    ]
 
     options = {"num_iterations": arguments.num_iterations, "router_noise": arguments.router_noise, "seed": seed}
     mixtral = downcycle(source, output / "mixtral", overwrite=True)
@@ -104,7 +106,7 @@ def heal(arguments: HealingArguments, halves: list[Path], output: Path, seed: in
         ("chain, fewer experts", thin, n),
     ):
         folder = output / f"healed {name}".replace(",", "").replace(" ", "-")
-        runs.append({**train(arguments, model, halves[1], folder, steps, rate, seed), "name": name})
+        runs.append({**pretrain(arguments, model, halves[1], folder, steps, rate, seed), "name": name})
     return runs
 
 
@@ -114,10 +116,10 @@ def flops(arguments: HealingArguments, model: Path) -> float:
     return tokens * training_flops(AutoConfig.from_pretrained(model), arguments.sequence_length)
 
 
-def train(
+def pretrain(
     arguments: HealingArguments, model: Path, data: Path, output: Path, steps: int, rate: float, seed: int
 ) -> dict:
-    """Run train/pretrain.py to the end of a cosine schedule; its held-out losses and its FLOPs."""
+    """Run train/pretrain.py to the end of a cosine schedule; its validation losses and its FLOPs."""
     every = max(1, steps // 3)
     options = {
         "model": model, "dataset": data, "output_dir": output, "max_steps": steps, "learning_rate": rate, "seed": seed,
@@ -129,8 +131,6 @@ def train(
     }  # fmt: skip
     command = [sys.executable, str(Path(__file__).parents[1] / "pretrain.py")]
     subprocess.run(command + [word for item in options.items() for word in (f"--{item[0]}", str(item[1]))], check=True)
-    rows = [json.loads(line) for line in (output / "loss_curve.jsonl").read_text().splitlines()]
-    curve = [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row]
     facts = json.loads((output / "facts.json").read_text())
     return {
         "name": "the source's own training",
@@ -138,9 +138,8 @@ def train(
         "steps": steps,
         "flops": steps * flops(arguments, output),
         "train_seconds": facts["train_seconds"],
-        "validation_loss_before": curve[0][1],
+        "validation_loss_before": facts["validation_loss_before"],
         "validation_loss": facts["validation_loss"],
-        "validation_curve": curve,
     }
 
 

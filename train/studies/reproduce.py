@@ -1,15 +1,15 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Run a table of contestants, every one at its own best learning rate and with several seeds, and judge its claims.
+"""Run a table of variants, each at its own best learning rate and with several seeds, and judge its claims.
 
     python train/studies/reproduce.py --table configuration/studies/equal_compute.yaml \\
         --scale cpu --dataset path/to/gsm8k
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
 times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
-lowest held-out loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
+lowest validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
-is not run again. Writes `<results_dir>/<table>_<scale>.json` and `.png`.
+is not run again. Writes `<results_dir>/<table>_<scale>.json`, and a picture if the table is a `frontier`.
 
     python train/studies/reproduce.py --table configuration/studies/memory.yaml --scale cpu --only_memory true
 
@@ -35,7 +35,7 @@ from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
 from modeling_coe.train.arguments import command_line, parse
 from modeling_coe.train.checkpoints import write_json
-from modeling_coe.train.report import environment, peak_bytes
+from modeling_coe.train.report import environment, peak_bytes, save_picture
 
 
 # Student's t, two-sided 95 %, by the number of seeds.
@@ -49,7 +49,7 @@ class ReproduceArguments:
     scale: str = field(default="cpu", metadata={"help": "One of configuration/studies/scales."})
     dataset: str | None = field(default=None, metadata={"help": "In place of the scale's: a Hub id, file or folder."})
     runs_dir: str = field(default="runs/reproduce", metadata={"help": "One folder for every run."})
-    results_dir: str = field(default="model_cards/studies", metadata={"help": "The result and its plot."})
+    results_dir: str = field(default="model_cards/studies", metadata={"help": "Where the result goes."})
     jobs: int = field(default=1, metadata={"help": "Runs at the same time."})
     only_memory: bool = field(default=False, metadata={"help": "Measure the memory of every row, train nothing."})
 
@@ -78,10 +78,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class Claim:
-    """`row` ends at a held-out loss lower than `than`; with `as_good`, at one no higher.
+    """`row` ends at a lower validation loss than `than`; with `as_good`, at one that is no higher.
 
     Lists of rows are compared pair by pair, and a seed counts once, with its mean over the pairs: it has the same
-    documents and first weights in all of them. Differences below `margin` nats do not count. `published` are the
+    documents and initialisation in all of them. Differences below `margin` nats do not count. `published` holds the
     paper's losses of both.
     """
 
@@ -117,7 +117,7 @@ class MemoryClaim:
 
 @dataclass(frozen=True)
 class Table:
-    """Contestants and what is claimed of them; `scale` has the fields in which the table differs from its scale."""
+    """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale."""
 
     question: str
     rows: dict[str, dict]
@@ -134,7 +134,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Variant:
     """A row at a scale: the preset that it trains, and the recipe."""
 
     preset: dict
@@ -155,22 +155,21 @@ def main(arguments: list[str] | None = None):
     (options,) = parse(ReproduceArguments, arguments=arguments)
     table = load_table(Path(options.table))
     scale = replace(load_scale(options), **table.scale)
-    contestants = {name: build_contestant(row, scale) for name, row in table.rows.items()}
-    check_compute(table, contestants)
+    variants = {name: build_variant(row, scale) for name, row in table.rows.items()}
+    check_compute(table, variants)
     output = Path(options.results_dir)
     output.mkdir(parents=True, exist_ok=True)
     name = f"{Path(options.table).stem}_{options.scale}"
     if options.only_memory:
-        rows = {row: measure_memory(contestant) for row, contestant in contestants.items()}
+        rows = {row: measure_memory(variant) for row, variant in variants.items()}
         claims = [judge_memory(claim, rows) for claim in table.memory_claims]
         name += "_memory"
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows = compete(contestants, scale, Path(options.runs_dir) / options.scale, pool)
+            rows = compete(variants, scale, Path(options.runs_dir) / options.scale, pool)
         claims = [judge(claim, rows) for claim in table.claims]
-        plot(table.question, rows, output / f"{name}.png")
         if table.frontier:
-            plot_frontier(rows, output / f"{name}_frontier.png")
+            plot_frontier(rows, output / f"{name}.png")
     write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
     print_results(rows, claims)
 
@@ -217,7 +216,7 @@ def load_scale(options: ReproduceArguments) -> Scale:
     return scale
 
 
-def build_contestant(row: dict, scale: Scale) -> Contestant:
+def build_variant(row: dict, scale: Scale) -> Variant:
     """The scale's preset and recipe with the row's changes.
 
     Raises:
@@ -229,7 +228,7 @@ def build_contestant(row: dict, scale: Scale) -> Contestant:
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
     if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
         raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe` of a row.")
-    return Contestant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
+    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
 
 
 def lengthen(recipe: dict, factor: int) -> dict:
@@ -240,14 +239,14 @@ def lengthen(recipe: dict, factor: int) -> dict:
     return longer
 
 
-def check_compute(table: Table, contestants: dict[str, Contestant]):
+def check_compute(table: Table, variants: dict[str, Variant]):
     """
     Raises:
         ValueError: a claim of equal compute about two rows whose FLOPs differ.
     """
     for claim in table.claims:
         for row, than in claim.pairs:
-            ratio = contestants[row].flops / contestants[than].flops
+            ratio = variants[row].flops / variants[than].flops
             if claim.equal_compute and abs(ratio - 1) > EQUAL_COMPUTE:
                 raise ValueError(
                     f"{row!r} costs {ratio:.2f} times the FLOPs of {than!r}, which is no equal compute; "
@@ -255,12 +254,12 @@ def check_compute(table: Table, contestants: dict[str, Contestant]):
                 )
 
 
-def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
-    """Every contestant's result: its learning rates with the first seed, then the best of them with the others."""
+def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
+    """Every variant's result: its learning rates with the first seed, then the best of them with the others."""
     first, *others = scale.seeds
     tries = {
-        name: [pool.submit(train, contestant, rate, first, output) for rate in scale.learning_rates]
-        for name, contestant in contestants.items()
+        name: [pool.submit(run_once, variant, rate, first, output) for rate in scale.learning_rates]
+        for name, variant in variants.items()
     }
     best, grids = {}, {}
     for name, futures in tries.items():
@@ -269,39 +268,40 @@ def compete(contestants: dict[str, Contestant], scale: Scale, output: Path, pool
         best[name] = min(results, key=lambda run: math.inf if run["diverged"] else run["validation_loss"])
     rates = {name: run["learning_rate"] for name, run in best.items()}
     repeats = {
-        name: [pool.submit(train, contestant, rates[name], seed, output) for seed in others]
-        for name, contestant in contestants.items()
+        name: [pool.submit(run_once, variant, rates[name], seed, output) for seed in others]
+        for name, variant in variants.items()
     }
-    baseline = next(iter(contestants.values())).flops
+    baseline = next(iter(variants.values())).flops
     rows = {}
-    for name, contestant in contestants.items():
+    for name, variant in variants.items():
         runs = [best[name], *(future.result() for future in repeats[name])]
         if any(run["diverged"] for run in runs):
             raise ValueError(f"{name!r} diverged at `learning_rate={rates[name]:g}`; give the scale lower ones too.")
         losses = [run["validation_loss"] for run in runs]
+        facts = ("seed", "validation_loss", "share_solved", "tokens", "train_seconds", "peak_memory_gib", "commit")
         rows[name] = {
-            "config": contestant.preset,
-            "parameters": sum(count_parameters(contestant.config).values()),
-            "flops_ratio": round(contestant.flops / baseline, 3),
+            "config": variant.preset,
+            "parameters": sum(count_parameters(variant.config).values()),
+            "flops_ratio": round(variant.flops / baseline, 3),
             "learning_rate": rates[name],
             "loss_by_learning_rate": grids[name],
             "mean_validation_loss": round(statistics.mean(losses), 4),
             "standard_deviation": round(statistics.stdev(losses), 4),
-            "runs": runs,
+            "runs": [{fact: run[fact] for fact in facts} for run in runs],
         }
     return rows
 
 
-def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
-    """One run of train/pretrain.py, unless its folder holds the finished run; its facts and its curve."""
-    identity = json.dumps([contestant.preset, contestant.recipe, rate, seed], sort_keys=True)
+def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
+    """One run of train/pretrain.py, unless its folder holds the finished run; what became of it."""
+    identity = json.dumps([variant.preset, variant.recipe, rate, seed], sort_keys=True)
     folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
     diverged = folder / "diverged.json"
     if not (folder / "facts.json").is_file() and not diverged.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         preset = folder.with_suffix(".json")
-        preset.write_text(json.dumps(contestant.preset, indent=2))
-        options = contestant.recipe | {
+        preset.write_text(json.dumps(variant.preset, indent=2))
+        options = variant.recipe | {
             "model": preset, "output_dir": folder, "learning_rate": rate, "seed": seed, "disable_tqdm": True,
             "report_to": "none",
         }  # fmt: skip
@@ -321,12 +321,11 @@ def train(contestant: Contestant, rate: float, seed: int, output: Path) -> dict:
 
 
 def read_run(folder: Path, rate: float, seed: int) -> dict:
-    """What a finished run left: its loss on the held-out documents and the curve of its training loss."""
+    """What a finished run left: its loss on the validation documents, what it cost, and its commit."""
     run = {"seed": seed, "learning_rate": rate, "diverged": (folder / "diverged.json").is_file()}
     if run["diverged"]:
         return run | {"validation_loss": None}
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / "loss_curve.jsonl").read_text(encoding="utf-8").splitlines()]
     return run | {
         "validation_loss": round(facts["validation_loss"], 4),
         "share_solved": facts["share_solved"],
@@ -334,16 +333,14 @@ def read_run(folder: Path, rate: float, seed: int) -> dict:
         "train_seconds": facts["train_seconds"],
         "peak_memory_gib": facts["peak_memory_gib"],
         "commit": facts["commit"],
-        "train_curve": [[row["step"], round(row["loss"], 4)] for row in rows if "loss" in row],
-        "validation_curve": [[row["step"], round(row["eval_loss"], 4)] for row in rows if "eval_loss" in row],
     }
 
 
 def judge(claim: Claim, rows: dict) -> dict:
     """The claim with the mean difference of its rows, paired by seed, its 95 % interval, and a verdict.
 
-    Confirmed: the interval lies on the claim's side, and the mean beyond the margin. Refuted: the interval excludes
-    what the claim says. Undecided: neither.
+    Supported: the interval lies on the claim's side, and the mean beyond the margin. Contradicted: the interval
+    excludes what the claim says. Undecided: neither.
     """
     by_pair = [
         [
@@ -356,23 +353,23 @@ def judge(claim: Claim, rows: dict) -> dict:
     mean = statistics.mean(differences)
     half = T_95[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
     if claim.as_good:
-        confirmed, refuted = mean + half < claim.margin, mean - half > claim.margin
+        supported, contradicted = mean + half < claim.margin, mean - half > claim.margin
     else:
-        confirmed, refuted = mean + half < 0 and mean <= -claim.margin, mean - half > -claim.margin
+        supported, contradicted = mean + half < 0 and mean <= -claim.margin, mean - half > -claim.margin
     return asdict(claim) | {
         "difference": round(mean, 4),
         "interval": [round(mean - half, 4), round(mean + half, 4)],
-        "verdict": "confirmed" if confirmed else "refuted" if refuted else "undecided",
+        "verdict": "supported" if supported else "contradicted" if contradicted else "undecided",
     }
 
 
-def measure_memory(contestant: Contestant) -> dict:
+def measure_memory(variant: Variant) -> dict:
     """Peak of the allocator while a model is built and trained for two steps, beside what `budget.py` predicts.
 
     bf16 weights, gradients and AdamW states, one sequence a micro-batch as in the paper, two micro-batches a step.
     What is too large for bf16 on a CPU is predicted only.
     """
-    config, length = contestant.config, contestant.recipe["sequence_length"]
+    config, length = variant.config, variant.recipe["sequence_length"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parameters = sum(count_parameters(config).values())
 
@@ -389,7 +386,7 @@ def measure_memory(contestant: Contestant) -> dict:
     setup = TrainingSetup(batch_size=1, sequence_length=length, dtype="bfloat16", experts_implementation="coe")
     is_small = parameters < 1e8
     return {
-        "config": contestant.preset,
+        "config": variant.preset,
         "parameters": parameters,
         "peak_bytes": peak_bytes(train_two_steps, device) if is_small or device.type == "cuda" else None,
         "predicted_bytes": sum(training_memory(config, setup).values()),
@@ -405,44 +402,13 @@ def judge_memory(claim: MemoryClaim, rows: dict) -> dict:
     return asdict(claim) | {
         "saving": {name: round(saving, 4) for name, saving in savings.items()},
         "basis_of_peak": basis,
-        "verdict": "confirmed" if savings[claim.of] >= claim.published - claim.tolerance else "refuted",
+        "verdict": "supported" if savings[claim.of] >= claim.published - claim.tolerance else "contradicted",
     }
 
 
-def plot(title: str, rows: dict, path: Path):
-    """Left the training loss, a line through the mean of the seeds in a band from the lowest to the highest; right the
-    held-out loss of every seed."""
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colors = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors
-    for index, row in enumerate(rows.values()):
-        color = colors[index % len(colors)]
-        steps = [step for step, _ in row["runs"][0]["train_curve"]]
-        by_seed = [[loss for _, loss in run["train_curve"]] for run in row["runs"]]
-        by_step = list(zip(*by_seed, strict=True))
-        curves.plot(steps, [statistics.mean(losses) for losses in by_step], color=color, linewidth=1.2)
-        curves.fill_between(steps, *([f(losses) for losses in by_step] for f in (min, max)), color=color, alpha=0.15)
-        final = [run["validation_loss"] for run in row["runs"]]
-        ends.plot(final, [index] * len(final), "o", color=color, alpha=0.6, markersize=5)
-        ends.plot(statistics.mean(final), index, "|", color=color, markersize=18, markeredgewidth=2)
-    curves.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
-    curves.yaxis.set_major_formatter("{x:g}")
-    curves.yaxis.set_minor_formatter("{x:g}")
-    ends.set_xlabel("held-out loss after the last step (nats per token), a dot a seed", loc="right")
-    ends.set_yticks(range(len(rows)), rows, fontsize=9)
-    for tick, color in zip(ends.get_yticklabels(), colors * len(rows), strict=False):
-        tick.set_color(color)
-    ends.set_ylim(len(rows) - 0.5, -0.5)
-    for axis in (curves, ends):
-        axis.grid(color="0.92")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def plot_frontier(rows: dict, path: Path):
-    """The held-out loss that memory buys at the first row's compute, and that compute buys in its memory, a line for
-    every number of iterations and layers; bars from the lowest to the highest seed."""
+    """The validation loss that memory buys at the first row's compute, and that compute buys in its memory: a line for
+    each number of iterations and layers; bars from the lowest to the highest seed."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     first, colors = next(iter(rows.values())), {}
     panels = (("parameters", "flops_ratio", 1e6), ("flops_ratio", "parameters", 1))
@@ -464,10 +430,9 @@ def plot_frontier(rows: dict, path: Path):
                 axis.annotate(name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(xlabel="parameters (millions)", ylabel="held-out loss (nats per token)", title="at equal compute")
+    axes[0].set(xlabel="parameters (millions)", ylabel="validation loss (nats per token)", title="at equal compute")
     axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def print_results(rows: dict, claims: list[dict]):
@@ -482,7 +447,7 @@ def print_results(rows: dict, claims: list[dict]):
             print(f"{loss}   rate {row['learning_rate']:g}   FLOPs {row['flops_ratio']:.2f}x")
     for claim in claims:
         measured = claim["saving"] if "saving" in claim else f"{claim['difference']:+.4f} {claim['interval']}"
-        print(f"{claim['verdict']:10} {claim['claim']}: {measured}")
+        print(f"{claim['verdict']:12} {claim['claim']}: {measured}")
 
 
 if __name__ == "__main__":
