@@ -13,19 +13,18 @@ tensor by tensor or a loaded model, and feeds a sharded checkpoint on disk or a 
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -42,6 +41,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_coe import CoEConfig
+from .folders import check_replaceable, facts_of, require_model, whole_or_nothing
 from .modeling_coe import CoEForCausalLM
 
 
@@ -114,7 +114,7 @@ def upcycle(
             preserve** the function.
         seed (`int`): of all noise; a tensor's noise depends on the seed and its name alone.
         max_shard_size (`int` or `str`): size of an output file.
-        overwrite (`bool`): replace an existing `output`.
+        overwrite (`bool`): replace an existing `output`, if an earlier conversion wrote it and nothing in it changed.
         verify (`bool`): run source and result in fp32 and log the largest logit difference and the KL divergence; if
             they ought to be equal and are not, raise and leave no output.
         verify_text (`str` or `os.PathLike`, *optional*): text file to verify on instead of built-in sentences.
@@ -123,13 +123,21 @@ def upcycle(
         `CoEForCausalLM`, or the `Path` of `output` where one was given.
 
     Raises:
-        ValueError: what the source has and CoE cannot express, by name, before anything is written.
-        FileExistsError: `output` exists and `overwrite` is not set.
+        ValueError: an option with its value, or what the source has and CoE cannot express, before anything is
+            written.
+        FileExistsError: `output` exists and may not be replaced, or another process is writing it.
+        OSError: `output` could not be written, for instance on a full disk.
         RuntimeError: `verify` found different logits.
     """
-    source = _Source(source)
+    counts = {"num_iterations": num_iterations, "experts_per_iteration": experts_per_iteration}
+    noise = {"expert_noise": expert_noise, "router_noise": router_noise}
+    _check_numbers(counts | {"num_experts": num_experts}, noise, seed, max_shard_size)
+    if verify_text is not None and not verify:
+        raise ValueError(f"upcycle: `verify_text={str(verify_text)!r}` is only read with `verify=True`; set it too.")
+    source = _Source(source, output, overwrite)
     config = chain_config(source.config, num_iterations, experts_per_iteration, num_experts, layers)
     weights = _ChainWeights(source, config, layers, expert_noise, router_noise, seed)
+    config = weights.config
     changes = changes_of_function(source.config, config, layers, expert_noise)
     if changes:
         logger.warning(f"upcycle: the result does not compute the source's function ({'; '.join(changes)}). Train it.")
@@ -143,7 +151,7 @@ def upcycle(
             source.compare(_logits(model, batches), batches, weights.is_rounded, bool(changes))
         return model
 
-    with _whole_or_nothing(Path(output), source, overwrite) as partial:
+    with whole_or_nothing(Path(output), overwrite) as partial:
         source.copy_companions(partial)
         weights.write(partial, max_shard_size)
         if verify:
@@ -151,6 +159,8 @@ def upcycle(
             logits = _logits(model, batches)
             del model
             source.compare(logits, batches, weights.is_rounded, bool(changes))
+        upcycling = {"source_type": source.config.model_type, "changes_of_function": changes, "layers": layers}
+        source.write_facts(partial, upcycling=upcycling | counts | noise | {"seed": seed})
         # Written last, so that a folder whose conversion was killed does not load.
         custom_object_save(weights.skeleton, partial)
         config.save_pretrained(partial)
@@ -165,16 +175,17 @@ def downcycle(
     Args:
         source (`str`, `os.PathLike` or `CoEForCausalLM`): CoE checkpoint or loaded model; it is held in RAM.
         output (`str` or `os.PathLike`, *optional*): folder to write, in Mixtral's layout of one tensor per expert.
-        overwrite (`bool`): replace an existing `output`.
+        overwrite (`bool`): replace an existing `output`, if an earlier conversion wrote it and nothing in it changed.
 
     Returns:
         `MixtralForCausalLM`, or the `Path` of `output` where one was given.
 
     Raises:
         ValueError: the CoE has what Mixtral has not, by name.
-        FileExistsError: `output` exists and `overwrite` is not set.
+        FileExistsError: `output` exists and may not be replaced, or another process is writing it.
+        OSError: `output` could not be written, for instance on a full disk.
     """
-    source = _Source(source)
+    source = _Source(source, output, overwrite)
     config = _mixtral_config(source.config)
     tensors = {}
     for name, tensor in source.tensors.items():
@@ -192,10 +203,25 @@ def downcycle(
     source.pass_on_generation_config(model)
     if output is None:
         return model
-    with _whole_or_nothing(Path(output), source, overwrite) as partial:
+    with whole_or_nothing(Path(output), overwrite) as partial:
         model.save_pretrained(partial)
         source.copy_companions(partial)
     return Path(output)
+
+
+def _check_numbers(counts: dict, noise: dict, seed: int, max_shard_size: int | str):
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"upcycle: `{name}={value!r}` must be a whole number of at least 1.")
+    for name, value in noise.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"upcycle: `{name}={value!r}` must be a number of at least 0; 0 adds no noise.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"upcycle: `seed={seed!r}` must be a whole number from 0 to 2**32 - 1.")
+    size = max_shard_size
+    is_size = size > 0 if isinstance(size, int) else re.fullmatch(r"[1-9]\d* ?[KMGT]B", str(size).upper())
+    if not is_size:
+        raise ValueError(f"upcycle: `max_shard_size={max_shard_size!r}` must be bytes or a size such as 500MB.")
 
 
 def chain_config(
@@ -220,8 +246,10 @@ def chain_config(
             "upcycle: the source's `layer_types` mix kinds of attention, CoE has one for all layers; choose another."
         )
     depth = source.num_hidden_layers
-    if layers is not None and (len(set(layers)) < len(layers) or not set(layers) <= set(range(depth))):
-        raise ValueError(f"upcycle: `layers={layers}` must be distinct layers of the source's {depth}.")
+    if layers is not None:
+        is_list = isinstance(layers, list | tuple | range) and all(isinstance(layer, int) for layer in layers)
+        if not is_list or len(set(layers)) < len(layers) or not set(layers) <= set(range(depth)):
+            raise ValueError(f"upcycle: `layers={layers!r}` must list distinct layers of the source's {depth}.")
 
     fields = {name: declared[name] for name in SHARED_FIELDS}
     fields |= _moe_fields(source) if source.model_type in MOE_FAMILIES else _dense_fields(source)
@@ -345,15 +373,22 @@ def _mixtral_config(source: CoEConfig) -> MixtralConfig:
 class _Source:
     """A checkpoint folder, a Hub id or a loaded model: its config, and its tensors by name."""
 
-    def __init__(self, source: str | os.PathLike | PreTrainedModel):
+    def __init__(self, source: str | os.PathLike | PreTrainedModel, output: str | os.PathLike | None, overwrite: bool):
+        if isinstance(source, nn.Module) and not isinstance(source, PreTrainedModel):
+            raise ValueError(f"`source` is a {type(source).__name__}; merge adapters and pass a transformers model.")
         self.model = self.folder = None
+        self.name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
+        if output is not None:
+            self._keep_apart(Path(output))
+            check_replaceable(Path(output), overwrite)
         if isinstance(source, PreTrainedModel):
             self.model, self.config, self.tensors = source, source.config, source.state_dict()
             self.generation_config = source.generation_config
             return
-        if isinstance(source, nn.Module):
-            raise ValueError(f"`source` is a {type(source).__name__}; merge adapters and pass a transformers model.")
+        require_model("source", source)
         self.folder = Path(source)
+        if self.folder.is_file():
+            raise ValueError(f"`source={self.name}` is a file; name the folder that it is in.")
         if not self.folder.is_dir():
             patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANION_FILES]
             ignored = ["original/*", "consolidated*"]
@@ -361,6 +396,20 @@ class _Source:
         self.config, self.tensors = AutoConfig.from_pretrained(self.folder), _SafetensorsFolder(self.folder)
         has_settings = (self.folder / GENERATION_CONFIG_NAME).is_file()
         self.generation_config = GenerationConfig.from_pretrained(self.folder) if has_settings else None
+
+    def _keep_apart(self, output: Path):
+        """Neither is the other, holds it or is held by it, where the output is there already."""
+        source, output = Path(self.name).resolve(), output.resolve()
+        if self.name and source.is_dir() and output.is_dir():
+            if source == output:
+                raise ValueError(f"`output={str(output)!r}` is the source itself; choose another folder.")
+            if source in output.parents or output in source.parents:
+                raise ValueError(f"`output={str(output)!r}` holds the source or is in it; choose another folder.")
+
+    def write_facts(self, output: Path, **conversion):
+        """What the output was made of, for the scripts that go on with it and for its model card."""
+        facts = {"model": self.name or type(self.model).__name__, "base": facts_of(self.name), **conversion}
+        (output / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def pass_on_generation_config(self, model: PreTrainedModel):
         if self.generation_config is not None:
@@ -381,7 +430,10 @@ class _Source:
 
         A source without a tokenizer gets the text's bytes as token ids, folded into its vocabulary.
         """
-        texts = SENTENCES if text_file is None else Path(text_file).read_text(encoding="utf-8").splitlines()
+        try:
+            texts = SENTENCES if text_file is None else Path(text_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"upcycle: `verify_text={str(text_file)!r}` cannot be read: {error}.") from error
         texts = [text for text in texts if text.strip()][:max_lines]
         if not texts:
             raise ValueError(f"upcycle: `verify_text={str(text_file)!r}` holds no text.")
@@ -430,18 +482,35 @@ class _SafetensorsFolder(Mapping):
     def __init__(self, folder: Path):
         index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: folder / file for name, file in weight_map.items()}
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self.files = {name: folder / file for name, file in weight_map.items()}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged ({error}); copy or download it again.") from error
         elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
+            self.files = dict.fromkeys(self._names_in(single), single)
         else:
             raise ValueError(
                 f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; load the model with "
                 "transformers and pass it as `source`, or save it again as safetensors."
             )
-        if missing := sorted({path.name for path in self.files.values() if not path.is_file()}):
+        self._refuse_incomplete(folder)
+
+    def _refuse_incomplete(self, folder: Path):
+        listed = set(self.files.values())
+        if missing := sorted(path.name for path in listed if not path.is_file()):
             raise ValueError(f"{folder} is incomplete: its index names {missing}, which are not there.")
+        found = {(name, path) for path in listed for name in self._names_in(path)}
+        if missing := sorted(name for name, _ in self.files.items() - found):
+            raise ValueError(f"{folder} is incomplete: its files lack {missing[:4]} ({len(missing)} tensors).")
+
+    @staticmethod
+    def _names_in(path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or cut off ({error}); copy or download it again.") from error
 
     def __getitem__(self, name: str) -> torch.Tensor:
         # Opened for each tensor: an open file keeps every page that was read from it in memory.
@@ -474,9 +543,9 @@ class _ChainWeights(Mapping):
         self.is_dense = source.config.model_type in DENSE_FAMILIES
         if expert_noise and not self.is_dense:
             raise ValueError(f"upcycle: `expert_noise={expert_noise}` is for the copies of a dense FFN; leave it out.")
-        self.config, self.tensors = config, source.tensors
+        self.config, self.tensors = copy.deepcopy(config), source.tensors
         self.expert_noise, self.router_noise, self.seed = expert_noise, router_noise, seed
-        self.layers = range(config.num_hidden_layers) if layers is None else layers
+        config, self.layers = self.config, range(config.num_hidden_layers) if layers is None else layers
         self.factors = _folded_multipliers(source.config)
         self.original = {_coe_name(name): name for name in self.tensors}
         self._settle_tying()
@@ -604,31 +673,6 @@ def _coe_name(name: str) -> str:
     for pattern, replacement in RENAMINGS.items():
         name = re.sub(pattern, replacement, name)
     return name
-
-
-@contextmanager
-def _whole_or_nothing(output: Path, source: _Source, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling folder that takes the name `output` if the block ends well and is removed if it does not."""
-    if source.folder is not None and output.resolve() == source.folder.resolve():
-        raise ValueError(f"`output={str(output)!r}` is the source itself; choose another folder.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"`output={str(output)!r}` exists; choose another folder or pass `overwrite=True`.")
-    partial = output.absolute().with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.incomplete")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in filter(Path.is_file, partial.rglob("*")):
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if overwrite and output.exists():
-            replaced = output.rename(partial.with_suffix(".replaced"))
-            partial.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 __all__ = ["chain_config", "changes_of_function", "downcycle", "upcycle"]

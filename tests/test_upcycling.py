@@ -260,7 +260,8 @@ def test_result_is_an_ordinary_fused_coe_checkpoint(tmp_path):
     upcycle(saved(source_model("mixtral"), tmp_path / "source"), tmp_path / "chain")
     chain = CoEForCausalLM.from_pretrained(tmp_path / "chain")
     chain.save_pretrained(tmp_path / "again")
-    assert set(leftovers(tmp_path / "chain")) == set(leftovers(tmp_path / "again"))
+    conversion = {"facts.json", "written.json"}
+    assert set(leftovers(tmp_path / "chain")) - conversion == set(leftovers(tmp_path / "again"))
     for name in ("config.json", "modeling_coe.py", "configuration_coe.py"):
         assert (tmp_path / "chain" / name).read_text() == (tmp_path / "again" / name).read_text()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("chain", "again"))
@@ -310,6 +311,7 @@ def test_hub_id_is_downloaded_without_foreign_weight_formats(tmp_path, monkeypat
         return str(tmp_path / "source")
 
     saved(source_model("llama"), tmp_path / "source")
+    monkeypatch.setattr(upcycling, "require_model", lambda option, name: None)
     monkeypatch.setattr(upcycling, "snapshot_download", download)
     assert isinstance(upcycle("someone/small-llama"), CoEForCausalLM)
     assert calls["repo"] == "someone/small-llama" and "*.safetensors" in calls["allow"]
@@ -331,6 +333,19 @@ REFUSED = {
     "distinct layers": ("mixtral", {}, {"layers": [0, 0]}),
     "num_hidden_layers": ("mixtral", {}, {"layers": []}),
     "verify_text": ("mixtral", {}, {"verify": True, "verify_text": os.devnull}),
+    "verify_text='/no/such/text'": ("mixtral", {}, {"verify": True, "verify_text": "/no/such/text"}),
+    "verify=True": ("mixtral", {}, {"verify_text": os.devnull}),
+    "router_noise=nan": ("mixtral", {}, {"router_noise": float("nan")}),
+    "router_noise=-0.1": ("mixtral", {}, {"router_noise": -0.1}),
+    "router_noise='0.1'": ("mixtral", {}, {"router_noise": "0.1"}),
+    "expert_noise=inf": ("llama", {}, {"expert_noise": float("inf")}),
+    "num_iterations=2.0": ("mixtral", {}, {"num_iterations": 2.0}),
+    "experts_per_iteration=0": ("mixtral", {}, {"experts_per_iteration": 0}),
+    "num_experts=-1": ("llama", {}, {"num_experts": -1}),
+    "seed=-1": ("mixtral", {}, {"seed": -1}),
+    "layers='012'": ("mixtral", {}, {"layers": "012"}),
+    "max_shard_size": ("mixtral", {}, {"max_shard_size": "5 elephants"}),
+    "max_shard_size=0": ("mixtral", {}, {"max_shard_size": 0}),
 }
 
 
@@ -372,6 +387,19 @@ def corrupt(folder, what):
         del tensors["model.layers.2.block_sparse_moe.experts.3.w2.weight"]
     elif what == "headless":
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    elif what == "cut off":
+        os.truncate(file, file.stat().st_size - 1000)
+        return "model.safetensors is damaged or cut off"
+    elif what == "damaged index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map"')
+        return "index.json is damaged"
+    elif what == "index of another checkpoint":
+        index = {"weight_map": dict.fromkeys(tensors, file.name) | {"model.layers.7.mlp.gate.weight": file.name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return r"lack \['model.layers.7.mlp.gate.weight'\]"
+    elif what == "damaged facts":
+        (folder / "facts.json").write_text("{")
+        return "facts.json is damaged"
     elif what == "misshapen":
         tensors["model.layers.2.block_sparse_moe.experts.3.w2.weight"] = torch.zeros(40, 24)
     save_file(tensors, file, {"format": "pt"})
@@ -380,8 +408,12 @@ def corrupt(folder, what):
 
 
 @pytest.mark.parametrize(
-    "what", ["quantized", "pickled", "incomplete", "stranger", "missing", "headless", "misshapen"]
-)
+    "what",
+    [
+        "quantized", "pickled", "incomplete", "stranger", "missing", "headless", "misshapen", "cut off",
+        "damaged index", "index of another checkpoint", "damaged facts",
+    ],
+)  # fmt: skip
 def test_a_checkpoint_with_missing_or_unknown_tensors_is_refused_by_name(what, tmp_path):
     saved(source_model("mixtral"), tmp_path / "source")
     named = corrupt(tmp_path / "source", what)
@@ -398,8 +430,7 @@ def test_adapters_are_refused(tmp_path):
 
 def test_existing_output_is_kept_unless_overwrite_is_asked_for(tmp_path, monkeypatch):
     saved(source_model("mixtral"), tmp_path / "source")
-    (tmp_path / "chain").mkdir()
-    (tmp_path / "chain" / "precious").write_text("kept")
+    upcycle(tmp_path / "source", tmp_path / "chain", num_iterations=3)
     with pytest.raises(FileExistsError, match="overwrite"):
         upcycle(tmp_path / "source", tmp_path / "chain")
     with pytest.raises(ValueError, match="source itself"):
@@ -408,26 +439,27 @@ def test_existing_output_is_kept_unless_overwrite_is_asked_for(tmp_path, monkeyp
         patch.setattr(upcycling, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             upcycle(tmp_path / "source", tmp_path / "chain", overwrite=True)
-    assert (tmp_path / "chain" / "precious").read_text() == "kept"
+    assert CoEForCausalLM.from_pretrained(tmp_path / "chain").config.num_iterations == 3
     assert leftovers(tmp_path) == ["chain", "source"]
     upcycle(tmp_path / "source", tmp_path / "chain", overwrite=True)
-    assert leftovers(tmp_path) == ["chain", "source"] and not (tmp_path / "chain" / "precious").exists()
-    CoEForCausalLM.from_pretrained(tmp_path / "chain")
+    assert leftovers(tmp_path) == ["chain", "source"]
+    assert CoEForCausalLM.from_pretrained(tmp_path / "chain").config.num_iterations == 2
 
 
 KILLED_AT_EVERY_WRITE = """
-import os, signal, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 from modeling_coe import upcycling
 
 folder, source, save_file = Path(sys.argv[1]), sys.argv[2], upcycling.save_file
+former = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 
 def convert(stop):
     events = 0
     def count(event, arguments):
         nonlocal events
         path = str(arguments[0]) if arguments else ""
-        writes = event in ("os.rename", "os.mkdir", "os.chmod", "os.remove", "half a file")
+        writes = event in ("os.rename", "os.mkdir", "os.chmod", "os.remove", "shutil.rmtree", "half a file")
         writes |= event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wxa")
         if writes and path.startswith(str(folder)):
             events += 1
@@ -444,10 +476,12 @@ def convert(stop):
             whole.write(content)
     upcycling.save_file = torn_save_file
     sys.addaudithook(count)
-    upcycling.upcycle(source, folder / str(stop) / "chain", max_shard_size="60KB")
+    upcycling.upcycle(source, folder / str(stop) / "chain", max_shard_size="60KB", overwrite=former is not None)
 
 for stop in range(1, 200):
     (folder / str(stop)).mkdir()
+    if former is not None:
+        subprocess.run(["cp", "-a", former, folder / str(stop) / "chain"], check=True)
     child = os.fork()
     if child == 0:
         convert(stop)
@@ -473,9 +507,10 @@ def test_a_killed_conversion_leaves_no_folder_that_looks_whole(tmp_path):
     assert difference(source, CoEForCausalLM.from_pretrained(finished / "chain"))[0] <= 1e-5
     seen_half_a_file = False
     for run in killed:
-        assert not (run / "chain").exists()
-        for partial in run.iterdir():
-            assert partial.name.startswith(".chain.") and partial.suffix == ".incomplete"
+        if (run / "chain").exists():  # all that was missing is the removal of the lock
+            assert difference(source, CoEForCausalLM.from_pretrained(run / "chain"))[0] <= 1e-5
+        assert set(leftovers(run)) <= {"chain", ".chain.incomplete"}
+        for partial in run.glob(".chain.incomplete/new"):
             weights = list(partial.glob("*.safetensors"))
             seen_half_a_file |= bool(weights) and not (partial / "modeling_coe.py").exists()
             config = partial / "config.json"
@@ -486,6 +521,30 @@ def test_a_killed_conversion_leaves_no_folder_that_looks_whole(tmp_path):
                 with pytest.raises((OSError, ValueError)):
                     AutoModelForCausalLM.from_pretrained(partial)
     assert seen_half_a_file
+
+
+def test_a_killed_replacement_leaves_the_old_folder_or_the_new_and_the_next_one_completes(tmp_path, caplog):
+    """SIGKILL at the k-th write of `overwrite=True`, for every k until the conversion survives."""
+    saved(source_model("mixtral"), tmp_path / "source")
+    upcycle(tmp_path / "source", tmp_path / "former", num_iterations=3)
+    (tmp_path / "runs").mkdir()
+    folders = [str(tmp_path / name) for name in ("runs", "source", "former")]
+    command = [sys.executable, "-c", KILLED_AT_EVERY_WRITE, *folders]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *killed, finished = sorted((tmp_path / "runs").iterdir(), key=lambda path: int(path.name))
+    seen = set()
+    for run in killed:
+        old, chain = run / ".chain.incomplete" / "old", run / "chain"
+        # Between the two renames the old folder is in the hidden one.
+        whole = CoEForCausalLM.from_pretrained(chain if chain.exists() else old)
+        seen.add((whole.config.num_iterations, chain.exists()))
+    assert seen == {(3, True), (3, False), (2, True)}
+    for run in (*killed, finished):
+        upcycle(tmp_path / "source", run / "chain", overwrite=True)
+        assert leftovers(run) == ["chain"]
+        assert CoEForCausalLM.from_pretrained(run / "chain").config.num_iterations == 2
+    assert "it is put back" in caplog.text and "Removing the unfinished" in caplog.text
 
 
 def test_verification_reports_and_a_failed_one_leaves_no_output(tmp_path, monkeypatch, caplog):

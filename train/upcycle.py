@@ -10,15 +10,9 @@ The output's facts.json says what it was made of; train/pretrain.py, finetune.py
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from transformers import AutoConfig
 
 from modeling_coe import upcycle
 from modeling_coe.train.arguments import command_line, parse
-from modeling_coe.train.checkpoints import write_json
-from modeling_coe.train.report import facts_of
-from modeling_coe.upcycling import changes_of_function
 
 
 @dataclass
@@ -36,7 +30,7 @@ class UpcycleArguments:
     layers: list[int] | None = field(default=None, metadata={"help": "Source layers to keep; unset keeps all."})
     seed: int = field(default=0, metadata={"help": "Of all noise."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Size of an output file, and of the peak of RAM."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier conversion wrote."})
     verify: bool = field(default=False, metadata={"help": "Compare the logits with the source's before publishing."})
     verify_text: str | None = field(default=None, metadata={"help": "Text file to verify on."})
 
@@ -48,24 +42,7 @@ def main(command: list[str] | None = None):
     (arguments,) = parse(UpcycleArguments, arguments=command)
     if arguments.source is None or arguments.output is None:
         raise ValueError("Set `source` and `output`, in the recipe or on the command line.")
-    output = upcycle(**vars(arguments))
-    write_json(output / "facts.json", record(arguments, output))
-    print(f"Chain-of-Experts written to {output}")
-
-
-def record(arguments: UpcycleArguments, output: Path) -> dict:
-    """Where the chain comes from, and what keeps its first forward from being the source's."""
-    source, chain = AutoConfig.from_pretrained(arguments.source), AutoConfig.from_pretrained(output)
-    names = ("num_iterations", "experts_per_iteration", "expert_noise", "router_noise", "layers", "seed")
-    return {
-        "model": arguments.source,
-        "base": facts_of(arguments.source),
-        "upcycling": {
-            "source_type": source.model_type,
-            "changes_of_function": changes_of_function(source, chain, arguments.layers, arguments.expert_noise),
-            **{name: getattr(arguments, name) for name in names},
-        },
-    }
+    print(f"Chain-of-Experts written to {upcycle(**vars(arguments))}")
 
 
 if __name__ == "__main__":
