@@ -788,7 +788,7 @@ def test_script_reads_yaml_takes_overrides_and_refuses_unknown_keys(tmp_path, mo
     assert record["model"] == str(tmp_path / "source") and record["upcycling"]["source_type"] == "mixtral"
     assert record["upcycling"]["num_iterations"] == 2 and record["upcycling"]["changes_of_function"] == []
     recipe.write_text(recipe.read_text() + "num_iteration: 3\n")
-    with pytest.raises(ValueError, match="num_iteration"):
+    with pytest.raises(SystemExit, match="num_iteration"):
         run_script(monkeypatch, "--config", recipe)
 
 
