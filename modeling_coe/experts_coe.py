@@ -65,8 +65,10 @@ def coe_experts_forward(
     What the autograd function cannot express runs through transformers' `grouped_mm`, with a warning: biases,
     transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, sharded weights, devices
     other than CPU and CUDA. Packed weights, torchao's for instance, are used one expert at a time. While compiling or
-    exporting it is `grouped_mm` too: there the compiler decides what backward recomputes. Decoding, at most N rows
-    without gradients, is transformers' `batched_mm` on accelerators and one matrix-vector product per row on CPU.
+    exporting it is `grouped_mm` too: there the compiler decides what backward recomputes. ONNX cannot express that
+    one: exporting to it is `batched_mm`, which gathers the weights of every row, `12 * T * K * I * H` bytes in fp32.
+    Decoding, at most N rows without gradients, is transformers' `batched_mm` on accelerators and one matrix-vector
+    product per row on CPU.
 
     Args:
         self (`nn.Module`): a module decorated by `use_experts_implementation`.
@@ -84,7 +86,9 @@ def coe_experts_forward(
     fallback = None
     if is_packed(self.gate_up_proj) and not (self.has_bias or self.is_transposed):
         return _slice_by_slice(self, hidden_states, top_k_index, top_k_weights)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.onnx.is_in_onnx_export():
+        fallback = "batched_mm"
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
         fallback = "batched_mm" if decodes and not on_cpu else "grouped_mm"
     elif unsupported := _unsupported(self, hidden_states, weights):
         logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
