@@ -104,6 +104,37 @@ def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
     assert f"{facts['after']['validation_loss']:.4g} |" in card and "base_model: user/base" in card
 
 
+def test_a_finished_run_repeated_is_the_same_run(checkpoint, whole_run, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(whole_run, output)
+    (output / "facts.json").unlink()
+    finetune.main(command(checkpoint, output, learning_rate=0.01, scored_problems=2, max_new_tokens=4))
+    assert (output / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    facts, before = (json.loads((folder / "facts.json").read_text()) for folder in (output, whole_run))
+    assert facts["steps"] == 4 and facts["after"] == before["after"]
+
+
+def test_a_changed_row_in_the_middle_is_other_data(checkpoint, tmp_path):
+    rows = [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(9)]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data", rows, split)
+    options = {"dataset": tmp_path / "data", "max_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 1}
+    finetune.main(command(checkpoint, tmp_path / "run", **options))
+    rows[4]["answer"] = "#### 6"
+    write_rows(tmp_path / "data", rows)
+    with pytest.raises(
+        ValueError, match="`data=9 documents`, of which others are here, the first between number 5 and"
+    ):
+        finetune.main(command(checkpoint, tmp_path / "run", **options))
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_no_card_of_a_library_is_left_in_the_output(checkpoint, tmp_path, recipe):
+    recipe = ROOT / f"configuration/finetune/{recipe}.yaml"
+    finetune.main(command(checkpoint, tmp_path, config=recipe, max_steps=2))
+    assert list(tmp_path.rglob("README.md")) == []
+
+
 @pytest.mark.parametrize(
     "options",
     [

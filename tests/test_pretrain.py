@@ -345,6 +345,40 @@ def test_a_nan_loss_stops_the_run_says_where_and_keeps_the_last_good_checkpoint(
     assert json.loads((tmp_path / "facts.json").read_text())["resumed_from"] == "checkpoint-4"
 
 
+@pytest.mark.parametrize("poison", ["loss", "weights"])
+def test_a_nan_that_no_log_has_seen_is_not_saved_as_a_model(preset, tmp_path, monkeypatch, poison):
+    step = pretrain.Trainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 2 and poison == "weights":
+            for weight in model.parameters():
+                weight.grad.fill_(float("nan"))
+        return loss * float("nan") if self.state.global_step == 1 and poison == "loss" else loss
+
+    monkeypatch.setattr(pretrain.Trainer, "training_step", poisoned)
+    options_ = options(preset, tmp_path, max_steps=3, logging_steps=50, save_strategy="no", eval_strategy="no")
+    with pytest.raises(FloatingPointError, match=r"not finite.* at step 3|eval_loss.*nan"):
+        pretrain.main(options_)
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "facts.json").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(preset, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("Data cannot be log-scaled")
+
+    monkeypatch.setattr(pretrain, "plot_curve", broken)
+    pretrain.main(options(preset, tmp_path, max_steps=2, save_strategy="no", eval_strategy="no", logging_steps=1))
+    assert json.loads((tmp_path / "facts.json").read_text())["steps"] == 2
+    assert "Data cannot be log-scaled" in capsys.readouterr().out
+
+
+def test_a_run_shorter_than_its_first_point_of_the_curve_leaves_its_facts(preset, tmp_path):
+    pretrain.main(options(preset, tmp_path, max_steps=3, logging_steps=50, save_strategy="no", eval_strategy="no"))
+    assert json.loads((tmp_path / "facts.json").read_text())["steps"] == 3
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_earlier_ones(preset, whole_run, tmp_path):
     """The largest file a process may write stands for the full disk: both fail in the middle of a file."""
     output = tmp_path / "run"

@@ -1,22 +1,23 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are complete or not there, and the record of a run that a resumed one must match.
+"""Checkpoints that are complete or not there.
 
-A checkpoint is written to `.partial/checkpoint-N`, flushed to disk, listed with the size of each file, and only then
+A checkpoint is written to `.partial/checkpoint-N`, flushed to disk, listed with the digest of each file, and only then
 renamed to `checkpoint-N`. Whatever kills the process, a folder called `checkpoint-N` was whole when it got its name.
 """
 
-import json
 import math
 import os
-import re
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,10 +25,10 @@ from transformers import Trainer, TrainerState
 from transformers.distributed import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME
 
+from modeling_coe.train.runs import PARTIAL, digest, flush, read_json, write_json
 
-PARTIAL = ".partial"
+
 MANIFEST = "files.json"
-RECORD = "run.json"
 OPTIMIZER = "optimizer"
 
 
@@ -40,6 +41,13 @@ class AtomicCheckpoints:
     """
 
     _is_saving = False
+    _sum_of_losses = 0.0
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # A sum on the device shows at the next save that one of them was not finite, without waiting for each.
+        self._sum_of_losses = self._sum_of_losses + loss.detach()
+        return loss
 
     def train(self, *args, **kwargs):
         with self._interruptible():
@@ -69,14 +77,42 @@ class AtomicCheckpoints:
     def log(self, logs: dict[str, float], start_time: float | None = None):
         # fp16's loss scaler meets infinite gradients as a matter of course and skips those updates.
         watched = ("loss", "eval_loss") if self.args.fp16 else ("loss", "grad_norm", "eval_loss")
-        bad = {name: logs[name] for name in watched if name in logs and not math.isfinite(logs[name])}
-        if bad:
-            good = newest_checkpoint(Path(self.args.output_dir))
-            raise FloatingPointError(
-                f"{bad} at step {self.state.global_step}: training stops. The last good checkpoint is {good}; lower "
-                "`learning_rate`, or look at the data of the last steps."
-            )
+        if bad := {name: logs[name] for name in watched if name in logs and not math.isfinite(logs[name])}:
+            self._stop(str(bad))
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        losses = torch.as_tensor(self._sum_of_losses, device=self.args.device).float()
+        bad = ["loss"] if not losses.isfinite() else []
+        for name, weight in self.model.named_parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not local.isfinite().all():
+                bad.append(name)
+        # A rank may hold a part of the weights; all of them stop together.
+        if self.accelerator.reduce(torch.tensor(float(len(bad)), device=self.args.device)) > 0:
+            self._stop(f"not finite: {', '.join(bad[:3])}")
+        folder = Path(output_dir or self.args.output_dir)
+        with nullcontext() if self._is_saving else self._writing(folder):
+            super().save_model(output_dir, _internal_call)
+
+    def _stop(self, reason: str):
+        good = newest_checkpoint(Path(self.args.output_dir))
+        raise FloatingPointError(
+            f"{reason} at step {self.state.global_step}: training stops. The last good checkpoint is {good}; lower "
+            "`learning_rate`, or look at the data of the last steps."
+        )
+
+    @contextmanager
+    def _writing(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = Path(self.args.output_dir)
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(
+                f"Could not write {target} ({free:.0f} MiB free): {error}. Make room or choose another "
+                f"`output_dir`; the same command then continues from {newest_checkpoint(folder) or 'the start'}."
+            ) from error
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -86,16 +122,11 @@ class AtomicCheckpoints:
         folder, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         self._is_saving = True
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                complete(folder, name, self.args.save_total_limit)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(folder).free / 2**20
-            raise OSError(
-                f"Could not write {folder / name} ({free:.0f} MiB free): {error}. Make room or choose another "
-                f"`output_dir`; the same command then continues from {newest_checkpoint(folder) or 'the start'}."
-            ) from error
+            with self._writing(folder / name):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    complete(folder, name, self.args.save_total_limit)
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
@@ -142,7 +173,7 @@ class ShardedCheckpoints:
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
-def train(trainer: Trainer, checkpoint: Path | None) -> bool:
+def train_from(trainer: Trainer, checkpoint: Path | None) -> bool:
     """Train to the end, from the checkpoint if there is one; False if that is the end, and was only loaded."""
     if checkpoint is None:
         trainer.train()
@@ -163,7 +194,7 @@ def complete(folder: Path, name: str, keep: int | None):
     """Flush and rename `.partial/name` to `name`, then drop all but the newest `keep` checkpoints."""
     partial = folder / PARTIAL / name
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    write_json(partial / MANIFEST, {str(path.relative_to(partial)): path.stat().st_size for path in files})
+    write_json(partial / MANIFEST, {str(path.relative_to(partial)): digest(path) for path in files})
     for path in [*files, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
         flush(path)
     discard(folder / name)
@@ -173,15 +204,6 @@ def complete(folder: Path, name: str, keep: int | None):
         for path in checkpoints(folder)[:-keep]:
             discard(path)
     shutil.rmtree(folder / PARTIAL)
-
-
-def flush(path: Path):
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard(path: Path):
@@ -199,74 +221,47 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def checkpoint_to_resume(folder: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that a run in `folder` continues from: the `wanted` one, or the newest.
+
+    All processes get what the main one found.
+
+    Raises:
+        ValueError: no whole checkpoint of this folder is called `wanted`.
+    """
+    found = [None]
+    if PartialState().is_main_process:
+        found = [newest_checkpoint(folder) if wanted is None else Path(wanted)]
+        if wanted is not None and found[0].resolve() not in [path.resolve() for path in checkpoints(folder)]:
+            names = ", ".join(path.name for path in checkpoints(folder)) or "none"
+            raise ValueError(
+                f"`resume_from_checkpoint={wanted}` is no checkpoint of `output_dir={folder}`, which has {names}; "
+                "leave it out to continue from the newest, or to start."
+            )
+        if wanted is not None and (damaged := damaged_files(found[0])):
+            raise ValueError(f"`resume_from_checkpoint={wanted}` is damaged: {', '.join(damaged)}; leave it out.")
+    return broadcast_object_list(found)[0]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files all have their recorded size; warns of the damaged ones it passes over."""
+    """The newest checkpoint whose files are all as they were written; warns of the damaged ones it passes over."""
     for path in reversed(checkpoints(folder)):
-        manifest = path / MANIFEST
-        sizes = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        damaged = [name for name, size in sizes.items() if not _has_size(path / name, size)]
-        if sizes and not damaged:
+        if not (damaged := damaged_files(path)):
             return path
         warnings.warn(
-            f"{path} is incomplete ({', '.join(damaged) or MANIFEST}) and is not resumed from.", stacklevel=2
+            f"{path} is incomplete ({', '.join(damaged)}): not as written. The run continues from an older one.",
+            stacklevel=2,
         )
     return None
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def prepare_output(folder: Path):
-    """Create `folder`, show that it takes files, and remove what a killed run left half-written.
-
-    Raises:
-        OSError: the folder cannot be created or written.
-    """
+def damaged_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that are not as they were written; the list of them, if that is damaged itself."""
     try:
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        (folder / PARTIAL).mkdir(parents=True)
-        (folder / PARTIAL / "probe").write_text("probe")
-        shutil.rmtree(folder / PARTIAL)
-    except OSError as error:
-        raise OSError(f"Cannot write to `output_dir={folder}`: {error}. Choose a folder you can write to.") from error
-
-
-def match_record(folder: Path, record: dict, is_resumed: bool):
-    """Keep `record` in the folder; if the run is a resumed one, it must be the record already there.
-
-    Raises:
-        ValueError: naming the first field that differs.
-    """
-    path = folder / RECORD
-    if is_resumed and path.is_file():
-        before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(record)))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise ValueError(
-                    f"{folder} holds a run with `{key}={before.get(key)!r}`, this one has `{now.get(key)!r}`. Restore "
-                    "the value to continue that run, or choose another `output_dir` for a new one."
-                )
-    else:
-        write_json(path, record)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def write_json(path: Path, content):
-    """Write JSON, short lists and objects on one line; a reader sees the old file or the new one, never half of it."""
-    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", _one_line, json.dumps(content, indent=2))
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text + "\n")
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def _one_line(innermost: re.Match) -> str:
-    line = re.sub(r"\n *", " ", innermost[0])
-    return line if len(line) < 200 else innermost[0]
+        written = read_json(checkpoint / MANIFEST)
+    except (OSError, ValueError):
+        return [MANIFEST]
+    if not isinstance(written, dict) or not written:
+        return [MANIFEST]
+    files = {name: checkpoint / name for name in written}
+    return [name for name, path in files.items() if not path.is_file() or digest(path) != written[name]]

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
-from modeling_coe.train.checkpoints import prepare_output, write_json
 from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
 from modeling_coe.train.report import environment, keep_output_short
+from modeling_coe.train.runs import result_folder, write_json
 
 
 @dataclass
@@ -80,7 +80,12 @@ def main(arguments: list[str] | None = None):
     model_arguments, data, evaluation = parse(ModelArguments, DataArguments, EvaluationArguments, arguments=arguments)
     keep_output_short()
     output = Path(evaluation.output_dir)
-    prepare_output(output)
+    with result_folder(output):
+        evaluate(model_arguments, data, evaluation, output)
+
+
+def evaluate(model_arguments: ModelArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
+    """Score the model and write what came out to `output`."""
     model = load(model_arguments)
     documents = load_documents(data, evaluation.seed)["validation"]
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)

@@ -10,6 +10,7 @@ that of the answers. A run that was killed continues from its newest complete ch
 with the validation loss before and after.
 """
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from trl import SFTTrainer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.adapters import count_adapted, lora_config
+from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -39,18 +41,15 @@ from modeling_coe.train.arguments import (
 from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
     ShardedCheckpoints,
-    match_record,
-    newest_checkpoint,
-    prepare_output,
-    train,
-    write_json,
+    checkpoint_to_resume,
+    train_from,
 )
 from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
+    draw,
     environment,
-    facts_of,
     facts_of_training,
     keep_output_short,
     peak_memory,
@@ -59,10 +58,19 @@ from modeling_coe.train.report import (
     seconds_trained,
     show_progress,
 )
+from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):
     """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how a validation batch is routed."""
+
+    def create_model_card(self, *args, **kwargs):
+        """None: TRL's says that the model is a fine-tuned version of None. train/publish.py writes one."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        # PEFT's is a form that nobody filled in.
+        Path(output_dir or self.args.output_dir, "README.md").unlink(missing_ok=True)
 
 
 def load_model(
@@ -110,23 +118,6 @@ def quantised_share(model: PreTrainedModel) -> float:
     return packed / (packed + sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8))
 
 
-def record_of(
-    model: PreTrainedModel, documents: DatasetDict, lora: LoraArguments, training: FinetuneArguments
-) -> dict:
-    """Everything that the trajectory of a run depends on, except how long it lasts."""
-    names = (
-        "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size optim learning_rate "
-        "lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length packing bf16 fp16"
-    ).split()
-    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
-    return {
-        "model": config,
-        "lora": vars(lora),
-        "data": {"rows": len(documents["train"]), "first": documents["train"][0], "last": documents["train"][-1]},
-        "training": {name: getattr(training, name) for name in names},
-    }
-
-
 def score(
     trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int
 ) -> tuple[dict[str, float], list[dict]]:
@@ -147,9 +138,22 @@ def main(arguments: list[str] | None = None):
     keep_output_short()
     training.max_length = data.sequence_length
     output = Path(training.output_dir)
-    set_seed(training.seed)
+    with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():
+        finetune(model_arguments, data, training, lora, layout, output)
 
-    checkpoint = newest_checkpoint(output)
+
+def finetune(
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    training: FinetuneArguments,
+    lora: LoraArguments,
+    layout: LayoutArguments,
+    output: Path,
+):
+    """From a checkpoint to the tuned model or adapter and its facts, in a folder that is this run's."""
+    set_seed(training.seed)
+    base = facts_of(model_arguments.model)
+    checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)
     model = load_model(model_arguments, lora, data.sequence_length, layout.distributed_config(), checkpoint)
     with training.main_process_first():
         documents = load_documents(data, training.seed)
@@ -159,8 +163,9 @@ def main(arguments: list[str] | None = None):
         documents[split] = short_enough(rows, split, tokenizer, data.sequence_length, data.drop_long_documents)
 
     if training.process_index == 0:
-        prepare_output(output)
-        match_record(output, record_of(model, documents, lora, training), is_resumed=checkpoint is not None)
+        settings = {"lora": vars(lora)}
+        record = record_of(model_arguments.model, model.config, tokenizer, training, documents["train"], **settings)
+        match_record(output, record)
     options = {"experts": lora.lora_experts, "router": lora.lora_router, "r": lora.lora_r}
     trainer = Finetuner(
         model=model,
@@ -176,13 +181,13 @@ def main(arguments: list[str] | None = None):
     print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
 
     before, _ = score(trainer, documents, data, training.per_device_eval_batch_size)
-    has_trained = train(trainer, checkpoint)
+    has_trained = train_from(trainer, checkpoint)
     after, answers = score(trainer, documents, data, training.per_device_eval_batch_size)
     trainer.save_model()
     if trainer.is_world_process_zero():
         facts = {
             "model": model_arguments.model,
-            "base": facts_of(model_arguments.model),
+            "base": base,
             "dataset": data.dataset,
             "lora": vars(lora) if lora.lora else None,
             "trained_parameters": trained,
@@ -206,8 +211,9 @@ def main(arguments: list[str] | None = None):
         if not has_trained:
             facts |= facts_of_training(output, facts["steps"])
         write_json(output / "samples.json", answers)
-        plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(data.dataset).name}")
         write_json(output / "facts.json", facts)
+        title = f"{output.name}: {Path(data.dataset).name}"
+        draw(plot_curve, trainer.state.log_history, output / "loss_curve.png", title)
         print_result(facts, output)
 
 

@@ -12,8 +12,8 @@ A run that was killed continues from its newest complete checkpoint with the sam
 final model with its tokenizer, loss_curve.jsonl and .png, samples.json and facts.json.
 """
 
-import hashlib
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
     DataArguments,
     LayoutArguments,
@@ -40,18 +41,15 @@ from modeling_coe.train.arguments import (
 from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
     ShardedCheckpoints,
-    match_record,
-    newest_checkpoint,
-    prepare_output,
-    train,
-    write_json,
+    checkpoint_to_resume,
+    train_from,
 )
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, solve
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
+    draw,
     environment,
-    facts_of,
     facts_of_training,
     keep_output_short,
     peak_memory,
@@ -60,6 +58,7 @@ from modeling_coe.train.report import (
     seconds_trained,
     show_progress,
 )
+from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
 
 
 class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
@@ -160,25 +159,6 @@ def is_preset(model: str) -> bool:
     return Path(model).suffix == ".json"
 
 
-def record_of(model, blocks: Dataset, training: PretrainArguments) -> dict:
-    """Everything that the trajectory of a run depends on, except how long it lasts."""
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(np.array([*block["input_ids"], -1, *block["seq_lengths"], -1]).tobytes())
-    names = (
-        "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size optim learning_rate "
-        "lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16"
-    ).split()
-    volatile = ("transformers_version", "_name_or_path")
-    config = {name: value for name, value in model.config.to_dict().items() if name not in volatile}
-    arguments = training.to_dict()
-    return {
-        "model": config,
-        "data": digest.hexdigest(),
-        "training": {name: training.world_size if name == "world_size" else arguments[name] for name in names},
-    }
-
-
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data_arguments, layout, training = parse(
@@ -186,10 +166,20 @@ def main(arguments: list[str] | None = None):
     )
     keep_output_short()
     output = Path(training.output_dir)
-    if training.process_index == 0:
-        prepare_output(output)
-    set_seed(training.seed)
+    with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():
+        pretrain(model_arguments, data_arguments, layout, training, output)
 
+
+def pretrain(
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    layout: LayoutArguments,
+    training: PretrainArguments,
+    output: Path,
+):
+    """From documents to the final model and its facts, in a folder that is this run's."""
+    set_seed(training.seed)
+    base = facts_of(model_arguments.model)
     name = model_arguments.tokenizer or (None if is_preset(model_arguments.model) else model_arguments.model)
     vocab_size = AutoConfig.from_pretrained(find_configuration(model_arguments.model)).vocab_size
     with training.main_process_first():
@@ -197,7 +187,7 @@ def main(arguments: list[str] | None = None):
         tokenizer = load_tokenizer(name, documents["train"], vocab_size)
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
-    checkpoint = newest_checkpoint(output)
+    checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)
     draw_seed = training.seed if training.draw_by_name else None
     model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, draw_seed)
     if training.auto_find_batch_size:
@@ -205,7 +195,9 @@ def main(arguments: list[str] | None = None):
         fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
 
     if training.process_index == 0:
-        match_record(output, record_of(model, blocks["train"], training), is_resumed=checkpoint is not None)
+        settings = {"sequence_length": length, "split_long_documents": split}
+        record = record_of(model_arguments.model, model.config, tokenizer, training, documents["train"], **settings)
+        match_record(output, record)
     trainer = Pretrainer(
         model=model,
         args=training,
@@ -219,22 +211,29 @@ def main(arguments: list[str] | None = None):
     )
     show_progress(trainer)
 
-    has_trained = train(trainer, checkpoint)
+    has_trained = train_from(trainer, checkpoint)
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
-        report(trainer, model_arguments, data_arguments, checkpoint, has_trained)
+        report(trainer, model_arguments, data_arguments, base, checkpoint, has_trained)
 
 
-def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, checkpoint: Path | None, is_new: bool):
+def report(
+    trainer: Pretrainer,
+    model: ModelArguments,
+    data: DataArguments,
+    base: dict | None,
+    checkpoint: Path | None,
+    is_new: bool,
+):
     """Write facts.json, samples.json and loss_curve.png, and print the result with two samples."""
     output = Path(trainer.args.output_dir)
     at_start = [row["eval_loss"] for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row]
     facts = {
         "model": model.model,
-        "base": facts_of(model.model),
+        "base": base,
         "dataset": data.dataset,
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
@@ -253,8 +252,8 @@ def report(trainer: Pretrainer, model: ModelArguments, data: DataArguments, chec
     if not is_new:
         facts |= facts_of_training(output, facts["steps"])
     write_json(output / "samples.json", trainer.answers)
-    plot_curve(trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(model.model).stem}")
     write_json(output / "facts.json", facts)
+    draw(plot_curve, trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(model.model).stem}")
     for answer in trainer.answers[:2]:
         print(f"\n{answer['prompt']}{answer['generated']}\n({'solved' if answer['solved'] else 'not solved'})")
     print_result(facts, output)

@@ -72,8 +72,8 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     """Everything that the card says, as JSON, with Hub ids in place of the folders of this machine."""
     check_known(options, run, samples)
     data = options.dataset_id or run["dataset"]
-    # Fine-tuning on questions and answers scores the answers alone, and its record holds the first pair.
-    is_pair = isinstance(record["data"], dict) and "prompt" in record["data"]["first"]
+    # Fine-tuning on questions and answers scores the answers alone, and its record says so.
+    is_pair = "lora" in record and "prompt" in record["data"]["columns"]
     loss = "held-out loss of the answers, nats per token" if is_pair else "held-out loss, nats per token"
     evaluation = [("loss", loss, run["validation_loss"], None)]
     if run["share_solved"] is not None:

@@ -23,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from modeling_coe.folders import facts_of
+
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -179,6 +181,14 @@ def save_picture(figure: plt.Figure, path: Path):
     plt.close(figure)
 
 
+def draw(plot: Callable, *arguments):
+    """`plot(*arguments)`; a picture that cannot be drawn costs itself and nothing else."""
+    try:
+        plot(*arguments)
+    except Exception as error:  # matplotlib has no common ancestor for what it raises
+        print(f"No picture from {plot.__name__}: {error}")
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB: the most this process held, of the accelerator if there is one, else of main memory."""
     if device.type == "cuda":
@@ -214,12 +224,6 @@ def environment(device: torch.device) -> dict:
         "versions": {name: version(name) for name in names if find_spec(name)},
         "commit": _commit(),
     }
-
-
-def facts_of(model: str) -> dict | None:
-    """What a checkpoint's folder says it was made of; None for a preset, a Hub id or a folder that says nothing."""
-    path = Path(model) / "facts.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def facts_of_training(output: Path, steps: int) -> dict:

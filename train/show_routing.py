@@ -8,6 +8,7 @@ Reads validation documents and writes routing.json, load.png and, for more than 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from modeling_coe.folders import facts_of
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
 from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
-from modeling_coe.train.checkpoints import prepare_output, write_json
 from modeling_coe.train.data import load_documents, load_tokenizer
-from modeling_coe.train.report import environment, facts_of, save_picture
+from modeling_coe.train.report import draw, environment, save_picture
+from modeling_coe.train.runs import result_folder, write_json
 
 
 KINDS = ("digits", "words", "signs")
@@ -68,7 +70,12 @@ def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
 def main(arguments: list[str] | None = None):
     model_arguments, data, options = parse(ModelArguments, DataArguments, RoutingArguments, arguments=arguments)
     output = Path(options.output_dir)
-    prepare_output(output)
+    with result_folder(output):
+        show(model_arguments, data, options, output)
+
+
+def show(model_arguments: ModelArguments, data: DataArguments, options: RoutingArguments, output: Path):
+    """Read the documents and write the numbers and the pictures to `output`."""
     model = AutoModelForCausalLM.from_pretrained(model_arguments.model, **model_arguments.load_options()).eval()
     documents = load_documents(data, options.seed)["validation"]
     documents = documents.select(range(min(options.documents, len(documents))))
@@ -86,10 +93,14 @@ def main(arguments: list[str] | None = None):
         "documents": len(documents),
     }
     write_json(output / "routing.json", facts | summary | environment(model.device))
-    save_picture(plot_routing(routing), output / "load.png")
-    if model.config.num_iterations > 1:
-        save_picture(plot_transitions(routing), output / "transitions.png")
     print(json.dumps(summary, indent=2))
+    draw(save, plot_routing, routing, output / "load.png")
+    if model.config.num_iterations > 1:
+        draw(save, plot_transitions, routing, output / "transitions.png")
+
+
+def save(plot: Callable, routing: Routing, path: Path):
+    save_picture(plot(routing), path)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def trained(monkeypatch):
         rate, seed = float(options["--learning_rate"]), int(options["--seed"])
         runs.append((preset["num_iterations"], rate, seed))
         if rate == 4e-3 and preset["num_iterations"] == 2:
-            stdout.write("Traceback ...\nFloatingPointError: {'loss': nan} at step 7\n")
+            stdout.write("error: {'loss': nan} at step 7: training stops.\n(PYTHONDEVMODE=1 ...)\n")
             return SimpleNamespace(returncode=1)
         if seed == 9:
             stdout.write("Traceback ...\nOSError: no space left\n")

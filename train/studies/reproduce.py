@@ -311,8 +311,9 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
         with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if status:
-            message = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1]
-            if not message.startswith("FloatingPointError"):
+            lines = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()
+            message = next((line for line in lines if line.startswith("error: ")), lines[-1])
+            if "training stops" not in message:
                 raise RuntimeError(
                     f"A run failed: {message} See {folder.with_suffix('.log')}; then repeat the command."
                 )

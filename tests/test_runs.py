@@ -1,0 +1,216 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: nobody else's work is overwritten, one process at a time, and a resumed run is the same run."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+from conftest import build, whitespace_tokenizer
+from datasets import Dataset
+
+from modeling_coe.train import checkpoints, eval_lm, finetune, pretrain, show_routing
+from modeling_coe.train.arguments import PretrainArguments
+from modeling_coe.train.runs import LOCK, PARTIAL, match_record, record_of, result_folder, run_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "base"
+    build().save_pretrained(folder)
+    whitespace_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def content(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+TRAINING = ["--use_cpu", "true", "--dataset", "word_problems"]
+SCRIPTS = {
+    pretrain: TRAINING,
+    finetune: TRAINING,
+    eval_lm: ["--dataset", "word_problems"],
+    show_routing: ["--dataset", "word_problems"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_no_script_writes_into_the_folder_of_its_model_or_of_another_one(script, model, tmp_path):
+    build(seed=1).save_pretrained(tmp_path / "other")
+    for output in (model, tmp_path / "other"):
+        before = content(output)
+        with pytest.raises(ValueError, match=rf"output_dir={output}` (is or )?holds.*choose "):
+            script.main([*SCRIPTS[script], "--model", str(model), "--output_dir", str(output)])
+        assert content(output) == before
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
+def test_no_run_starts_in_a_folder_with_somebody_s_files_or_above_its_model(script, model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds thesis.tex and no run.json.*new or empty folder"):
+        script.main([*TRAINING, "--model", str(model), "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="is or holds `model="):
+        script.main([*TRAINING, "--model", str(model), "--output_dir", str(model.parent)])
+    assert content(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_run_does_not_start_from_a_checkpoint_in_its_own_folder(tmp_path):
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is or holds `model=.*checkpoint-4"), \
+            run_folder(tmp_path / "run", str(tmp_path / "run" / "checkpoint-4")):  # fmt: skip
+        pass
+
+
+def test_a_folder_has_one_process_at_a_time_and_none_after_a_kill(tmp_path):
+    folder = tmp_path / "run"
+    ready, wait = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run_folder(folder, "user/model"):
+            os.write(ready[1], b"1")
+            os.read(wait[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    for hold in (run_folder(folder, "user/model"), result_folder(folder)):
+        with pytest.raises(OSError, match=rf"output_dir={folder}.*process {child} on .*wait for it"), hold:
+            pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (folder / LOCK).exists()
+    with run_folder(folder, "user/model"):
+        assert str(os.getpid()) in (folder / LOCK).read_text()
+    assert not folder.exists()  # it was empty, and this run had made it
+
+
+def test_what_a_killed_run_left_half_written_is_named_and_removed(tmp_path, capsys):
+    (tmp_path / PARTIAL / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / PARTIAL / "checkpoint-8" / "model.safetensors").write_text("half")
+    (tmp_path / ".facts.json.partial").write_text("{")
+    (tmp_path / "run.json").write_text("{}")
+    with run_folder(tmp_path, "user/model"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "run.json"]
+    printed = capsys.readouterr().out
+    assert f"{PARTIAL}/checkpoint-8, which a killed run left" in printed and ".facts.json.partial" in printed
+
+
+def record(model, documents, **settings):
+    training = PretrainArguments(output_dir="unused", use_cpu=True, report_to="none", save_strategy="no", **settings)
+    return record_of(str(model), build().config, whitespace_tokenizer(), training, documents)
+
+
+def test_a_changed_document_is_found_wherever_it_is(model, tmp_path):
+    texts = [f"w{number % 90 + 3}" for number in range(1000)]
+    (tmp_path / "checkpoint-2").mkdir()
+    match_record(tmp_path, record(model, Dataset.from_dict({"text": texts})))
+    match_record(tmp_path, record(model, Dataset.from_dict({"text": texts})))
+    for place in (0, 777, 999):
+        changed = [*texts[:place], "w1 w2", *texts[place + 1 :]]
+        with pytest.raises(ValueError, match=r"others are here, the first between number") as error:
+            match_record(tmp_path, record(model, Dataset.from_dict({"text": changed})))
+        first, last = map(int, re.findall(r"number (\d+) and (\d+)", str(error.value))[0])
+        assert first <= place + 1 <= last <= first + 16
+    with pytest.raises(ValueError, match="`data=1000 documents`, this one has `999`"):
+        match_record(tmp_path, record(model, Dataset.from_dict({"text": texts[:-1]})))
+
+
+def test_a_run_of_the_same_sizes_from_other_weights_is_another_run(model, tmp_path):
+    documents = Dataset.from_dict({"text": ["w5"]})
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    match_record(tmp_path / "run", record(model, documents))
+    build(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds a run with `weights="):
+        match_record(tmp_path / "run", record(tmp_path / "other", documents))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"lr_scheduler_kwargs": {"num_decay_steps": 3}}, "training.lr_scheduler_kwargs.num_decay_steps"),
+        ({"optim_args": "bf16_stochastic_round=True"}, "training.optim_args"),
+        ({"label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
+        ({"seed": 43}, "training.seed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_changed_recipe_is_another_run(model, tmp_path, change, field):
+    documents = Dataset.from_dict({"text": ["w5"]})
+    (tmp_path / "checkpoint-2").mkdir()
+    match_record(tmp_path, record(model, documents, lr_scheduler_type="warmup_stable_decay"))
+    with pytest.raises(ValueError, match=f"holds a run with `{field}="):
+        match_record(tmp_path, record(model, documents, lr_scheduler_type="warmup_stable_decay", **change))
+
+
+def test_a_finished_model_without_checkpoints_is_not_overwritten_by_another_run(model, tmp_path):
+    documents = Dataset.from_dict({"text": ["w5"]})
+    match_record(tmp_path, record(model, documents))
+    match_record(tmp_path, record(model, documents, seed=1))  # nothing to lose yet
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(ValueError, match=r"`training.seed=1`, this one has `2`"):
+        match_record(tmp_path, record(model, documents, seed=2))
+
+
+@pytest.mark.parametrize("name", ["run.json", "facts.json"])
+def test_a_damaged_record_is_named(model, tmp_path, name):
+    base, output = tmp_path / "base", tmp_path / "run"
+    build().save_pretrained(base)
+    whitespace_tokenizer().save_pretrained(base)
+    (output / "checkpoint-2").mkdir(parents=True)
+    (output / "run.json").write_text("{}")
+    damaged = (output if name == "run.json" else base) / name
+    damaged.write_text('{"seed": 4')
+    write = json.dumps({"text": "w5 w6 w7"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(4 * write)
+    data = ["--dataset", str(tmp_path / "rows.jsonl"), "--validation_size", "1", "--sequence_length", "16"]
+    with pytest.raises(ValueError, match=f"{damaged} is damaged.*(?i:restore it)"):
+        pretrain.main(["--use_cpu", "true", "--model", str(base), "--output_dir", str(output), *data])
+
+
+def checkpoint(folder, step: int):
+    partial = folder / PARTIAL / f"checkpoint-{step}"
+    partial.mkdir(parents=True)
+    torch.save({"step": step, "state": torch.ones(4000)}, partial / "optimizer.pt")
+    torch.save({"step": step}, partial / "rng_state.pth")
+    checkpoints.complete(folder, partial.name, keep=None)
+    return folder / partial.name
+
+
+def zeroed(path):
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = bytes(4096)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda folder: zeroed(folder / "optimizer.pt"), "optimizer.pt"),
+        (lambda folder: (folder / "rng_state.pth").write_bytes(b"\0" * 900), "rng_state.pth"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth"),
+        (lambda folder: (folder / "files.json").write_text("{"), "files.json"),
+        (lambda folder: (folder / "files.json").write_text("[]"), "files.json"),
+    ],
+)
+def test_a_damaged_checkpoint_of_unchanged_size_is_passed_over_for_the_one_before(tmp_path, damage, name):
+    older, newer = checkpoint(tmp_path, 4), checkpoint(tmp_path, 12)
+    assert checkpoints.checkpoint_to_resume(tmp_path, None) == newer
+    size = (newer / "optimizer.pt").stat().st_size
+    damage(newer)
+    assert (newer / "optimizer.pt").stat().st_size == size
+    with pytest.warns(UserWarning, match=rf"checkpoint-12 is incomplete \({name}\)"):
+        assert checkpoints.checkpoint_to_resume(tmp_path, None) == older
+    with pytest.raises(ValueError, match=f"checkpoint-12` is damaged: {name}"):
+        checkpoints.checkpoint_to_resume(tmp_path, str(newer))
+
+
+def test_a_checkpoint_is_resumed_from_by_name_or_refused_by_name(tmp_path):
+    older, _ = checkpoint(tmp_path / "run", 4), checkpoint(tmp_path / "run", 12)
+    elsewhere = checkpoint(tmp_path / "elsewhere", 4)
+    assert checkpoints.checkpoint_to_resume(tmp_path / "run", str(older)) == older
+    for wanted in ("/nope", str(elsewhere)):
+        with pytest.raises(ValueError, match=rf"{wanted}` is no checkpoint of .*checkpoint-4, checkpoint-12; leave"):
+            checkpoints.checkpoint_to_resume(tmp_path / "run", wanted)
