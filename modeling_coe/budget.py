@@ -3,7 +3,7 @@
 """What a CoE costs before it exists: parameters, FLOPs and training memory in closed form, nothing is allocated.
 
 Shape letters: T tokens of a micro-batch, S sequence, H hidden, I expert width, N experts, K experts per iteration,
-C iterations, L layers, V vocabulary, Q and D the widths of all query and of all key heads.
+C iterations, L layers, P pools, V vocabulary, Q and D the widths of all query and of all key heads.
 """
 
 import math
@@ -28,6 +28,7 @@ def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
     """Every parameter tensor of `CoEForCausalLM` as (component, number of such tensors, elements of one)."""
     V, H, I, L = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
     N, C, W = config.num_local_experts, config.num_iterations, config.num_shared_experts * config.intermediate_size
+    P = L // config.layers_per_pool
     Q, D = head_widths(config)
     tensors = [
         ("embedding", 1, V * H),
@@ -35,8 +36,8 @@ def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
         ("attention", 2 * L, H * D),
         ("norms", 2 * L + 1, H),
         ("router", L, (C if config.independent_gating else 1) * N * H),
-        ("experts", L, N * 2 * I * H),
-        ("experts", L, N * H * I),
+        ("experts", P, N * 2 * I * H),
+        ("experts", P, N * H * I),
     ]
     if config.attention_bias:
         tensors += [("attention", L, Q), ("attention", 2 * L, D), ("attention", L, H)]
@@ -62,9 +63,10 @@ def count_parameters(config: CoEConfig) -> dict[str, int]:
 
 
 def count_active_parameters(config: CoEConfig) -> int:
-    """The parameters one token can meet: everything but the experts that its C * K choices leave out."""
+    """The parameters one token can meet: everything but the experts of a pool that all its choices leave out."""
     counts = count_parameters(config)
-    visited = min(config.num_local_experts, config.num_iterations * config.num_experts_per_tok)
+    choices = config.layers_per_pool * config.num_iterations * config.num_experts_per_tok
+    visited = min(config.num_local_experts, choices)
     return sum(counts.values()) - counts["experts"] * (config.num_local_experts - visited) // config.num_local_experts
 
 
@@ -74,7 +76,8 @@ def count_expert_combinations(config: CoEConfig) -> int:
 
 
 def equal_compute_moe(config: CoEConfig) -> CoEConfig:
-    """The MoE(C*K/N) that the paper compares CoE-C(K/N) with: one iteration, C times the routed experts.
+    """The MoE(C*K/N) that the paper compares CoE-C(K/N) with: one iteration, C times the routed experts, and every
+    layer has a pool of its own.
 
     The shared expert stays as it is, so a chain with one computes it C - 1 times more often.
 
@@ -87,7 +90,7 @@ def equal_compute_moe(config: CoEConfig) -> CoEConfig:
             f"A chain of {config.num_iterations} x {config.num_experts_per_tok} experts has no equal-compute MoE with "
             f"`num_local_experts={config.num_local_experts}`; it would need {top_k}."
         )
-    return CoEConfig(**(config.to_dict() | {"num_iterations": 1, "num_experts_per_tok": top_k}))
+    return CoEConfig(**(config.to_dict() | {"num_iterations": 1, "num_experts_per_tok": top_k, "layers_per_pool": 1}))
 
 
 def forward_flops(config: CoEConfig, sequence_length: int) -> dict[str, float]:

@@ -24,9 +24,12 @@ QK_NORMS = (None, "head", "full")
     num_iterations (`int`, *optional*, defaults to 2):
         C, how many times a layer routes its tokens through its expert pool. `1` is a Mixture-of-Experts layer.
     num_local_experts (`int`, *optional*, defaults to 64):
-        N, the routed experts of a layer. All iterations share them.
+        N, the routed experts of a pool. All iterations share them, and all layers of the pool do.
     num_experts_per_tok (`int`, *optional*, defaults to 4):
         K, the experts a token visits in **each** iteration; a layer computes `C * K` experts per token.
+    layers_per_pool (`int`, *optional*, defaults to 1):
+        g, how many consecutive layers share one pool of experts; each keeps routers, attention and norms of its own.
+        `1` gives every layer a pool, `num_hidden_layers` the whole model one.
     num_shared_experts (`int`, *optional*, defaults to 0):
         Width of the always-on FFN added in every iteration, in units of `intermediate_size`. `0` is none.
     residual (`str`, *optional*, defaults to `"nested"`):
@@ -111,6 +114,7 @@ class CoEConfig(PreTrainedConfig):
     num_iterations: int = 2
     num_local_experts: int | None = None
     num_experts_per_tok: int = 4
+    layers_per_pool: int = 1
     num_shared_experts: int = 0
     residual: str = "nested"
     independent_gating: bool = True
@@ -187,7 +191,7 @@ class CoEConfig(PreTrainedConfig):
         """Raises a ValueError for values that no model can have, which may have come after construction."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings", "num_iterations", "num_local_experts",
-                     "num_experts_per_tok"):  # fmt: skip
+                     "num_experts_per_tok", "layers_per_pool"):  # fmt: skip
             value = getattr(self, name)
             self._require(name, value is not None and value >= 1, "a positive integer")
         for name in ("num_shared_experts", "router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
@@ -204,6 +208,11 @@ class CoEConfig(PreTrainedConfig):
             "num_experts_per_tok",
             self.num_experts_per_tok <= self.num_local_experts,
             f"at most num_local_experts={self.num_local_experts}: lower it or add experts",
+        )
+        self._require(
+            "layers_per_pool",
+            self.num_hidden_layers % self.layers_per_pool == 0,
+            f"a divisor of num_hidden_layers={self.num_hidden_layers}: every pool has as many layers",
         )
         if self.head_dim is None:
             self._require(

@@ -5,12 +5,15 @@
 # Copyright 2023 Mistral AI and the HuggingFace Inc. team. All rights reserved. Apache-2.0.
 """PyTorch CoE: Mixtral's decoder with a chain of C routed iterations over one expert pool in place of the MoE block.
 
+A pool belongs to `layers_per_pool` consecutive layers. The first of them holds its weights, as `mlp.experts`; the
+others have no `experts`, and the model hands the pool to their forward pass.
+
 Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, N experts, K experts per iteration,
 C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +52,7 @@ logger = logging.get_logger(__name__)
 
 @use_experts_implementation
 class CoEExperts(nn.Module):
-    """The expert pool of a layer, `[N, 2I, H]` and `[N, H, I]`; every iteration calls the same pool."""
+    """A pool of experts, `[N, 2I, H]` and `[N, H, I]`, in the first of its layers; every visit calls the same pool."""
 
     def __init__(self, config: CoEConfig):
         super().__init__()
@@ -118,42 +121,75 @@ class CoEMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class CoEPool:
+    """One forward pass's way to the experts that several layers visit, and the weights that layer hands to layer.
+
+    Not a module, so that nothing that moves a layer's arguments to a device moves the experts.
+    """
+
+    def __init__(self, experts: nn.Module | None):
+        self.experts = experts
+        self.weights_before: list[tuple[torch.Tensor, ...]] = [()]
+
+    @contextmanager
+    def visits_of_layer(self, layer: int):
+        """One weight gradient for the layer's visits and those of the pool's layers before it.
+
+        What a layer leaves is kept once: if it is recomputed, it starts from the same weights, and nothing keeps the
+        graph of the recomputation.
+        """
+        weights = self.weights_before[layer] if layer < len(self.weights_before) else ()
+        with one_weight_gradient(weights) as handed_on:
+            yield
+        if layer + 1 == len(self.weights_before):
+            self.weights_before.append(handed_on.weights)
+
+
 class CoESparseMoeBlock(nn.Module):
     """The chain: `F_t(x) = s_t * (sum_{i in TopK_t(x)} g_{t,i} E_i(x) + S(x))`, t = 1..C (eq. 1-4)."""
 
-    def __init__(self, config: CoEConfig):
+    def __init__(self, config: CoEConfig, layer_idx: int):
         super().__init__()
+        self.layer_in_pool = layer_idx % config.layers_per_pool
         self.num_iterations = config.num_iterations
         self.has_chain_residual = config.residual != "outer"
         self.jitter_noise = config.router_jitter_noise
         self.gate = CoETopKRouter(config)
-        self.experts = CoEExperts(config)
+        # CODEPATH: in a pool of several layers the first holds the experts, and the others get them from the model
+        self.experts = CoEExperts(config) if self.layer_in_pool == 0 else None
         # CODEPATH: the paper's checkpoints have a shared expert, Mixtral's and Qwen3-MoE's chains do not
         self.shared_expert = CoEMLP(config) if config.num_shared_experts else None
         # CODEPATH: upcycled checkpoints learn a scale per iteration, models trained from scratch do not
         self.iteration_scale = nn.Parameter(torch.empty(config.num_iterations)) if config.iteration_scale else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`)."""
+    def forward(self, hidden_states: torch.Tensor, pool: CoEPool | None = None) -> torch.Tensor:
+        """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`).
+
+        Args:
+            pool (`CoEPool`, *optional*): the pool that other layers visit too; without one, the layer's own experts.
+        """
+        pool = CoEPool(self.experts) if pool is None else pool
+        if pool.experts is None:
+            raise ValueError("This layer visits the experts of an earlier one: call the model, or pass `pool`.")
         # PEFT's wrapper would merge its adapter at every call. torch's cache belongs to the whole process: only there.
-        merge_once = nullcontext() if isinstance(self.experts, CoEExperts) else parametrize.cached()
-        with merge_once, one_weight_gradient():
-            update = self.iterate(hidden_states, 0)
+        merge_once = nullcontext() if isinstance(pool.experts, CoEExperts) else parametrize.cached()
+        with merge_once, pool.visits_of_layer(self.layer_in_pool):
+            update = self.iterate(hidden_states, 0, pool.experts)
             for iteration in range(1, self.num_iterations):
                 if self.has_chain_residual:
-                    update = update + self.iterate(hidden_states + update, iteration)
+                    update = update + self.iterate(hidden_states + update, iteration, pool.experts)
                 else:
-                    update = self.iterate(update, iteration)
+                    update = self.iterate(update, iteration, pool.experts)
         return update
 
-    def iterate(self, hidden_states: torch.Tensor, iteration: int) -> torch.Tensor:
+    def iterate(self, hidden_states: torch.Tensor, iteration: int, experts: nn.Module) -> torch.Tensor:
         """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert."""
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens, iteration)
-        output = self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        output = experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
         if self.iteration_scale is not None:
@@ -334,7 +370,7 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         # CODEPATH: the paper's models end a layer with x_C itself, every other checkpoint adds to the residual stream
         self.replaces_residual = config.residual == "inner"
         self.self_attn = CoEAttention(config, layer_idx)
-        self.mlp = CoESparseMoeBlock(config)
+        self.mlp = CoESparseMoeBlock(config, layer_idx)
         self.input_layernorm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -345,6 +381,7 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        pool: CoEPool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attn_output, _ = self.self_attn(
@@ -358,7 +395,7 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attn_output
         normed = self.post_attention_layernorm(hidden_states)
         residual = normed if self.replaces_residual else hidden_states
-        return residual + self.mlp(normed)
+        return residual + self.mlp(normed, pool)
 
 
 @auto_docstring
@@ -496,7 +533,11 @@ class CoEModel(CoEPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        pool = None
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            # CODEPATH: a layer with a pool of its own finds it in itself
+            if self.config.layers_per_pool > 1 and layer_idx % self.config.layers_per_pool == 0:
+                pool = CoEPool(decoder_layer.mlp.experts)
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -504,6 +545,7 @@ class CoEModel(CoEPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                pool=pool,
                 **kwargs,
             )
 

@@ -49,6 +49,7 @@ VARIANTS = {
     "olmoe": {"qk_norm": "full", "iteration_scale": True, "router_jitter_noise": 0.1, "norm_topk_prob": False},
     "paper": {"residual": "inner", "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "num_iterations": 3},
     "shared_router": {"independent_gating": False, "residual": "outer", "num_shared_experts": 1},
+    "pool": {"layers_per_pool": 3, "vocab_size": 300},
     "biased": {"attention_bias": True, "head_dim": 16, "num_local_experts": 40, "intermediate_size": 16},
 }
 SLOW = pytest.mark.slow

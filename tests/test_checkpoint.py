@@ -110,7 +110,7 @@ def run_without_the_package(code, folder, variables=None):
 
 
 def test_remote_code_gives_the_same_logits_without_the_package(tmp_path):
-    model = build(num_shared_experts=1, qk_norm="head", iteration_scale=True)
+    model = build(num_shared_experts=1, qk_norm="head", iteration_scale=True, layers_per_pool=2)
     model.save_pretrained(tmp_path / "checkpoint")
     build(modeling_coe.CoEForSequenceClassification).save_pretrained(tmp_path / "classifier")
     torch.save((tokens(2, 6), model(tokens(2, 6)).logits), tmp_path / "expected.pt")

@@ -80,7 +80,7 @@ def test_change_is_how_far_an_iteration_moves_its_input(residual):
     assert change.shape == (2, 3)
     state = seen[0]
     for iteration in range(3):
-        update = block.iterate(state, iteration)
+        update = block.iterate(state, iteration, block.experts)
         after = update if residual == "outer" else state + update
         expected = ((after - state).norm(dim=-1) / state.norm(dim=-1)).mean()
         assert change[0, iteration].item() == pytest.approx(expected.item(), rel=1e-4)
