@@ -101,7 +101,8 @@ def coe_experts_forward(
     if fallback is not None:
         return ALL_EXPERTS_FUNCTIONS[fallback](self, hidden_states, top_k_index, top_k_weights)
 
-    dtype, device_type = self.down_proj.dtype, hidden_states.device.type
+    # Of the weights at hand: an adapter would be merged anew for the module's own.
+    dtype, device_type = weights[1].dtype, hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     # transformers before 5.17 does not say whether other ranks hold experts.

@@ -3,6 +3,7 @@
 """Layers that share a pool of experts: the naive model's outputs and gradients, weights that exist once, all tools."""
 
 import copy
+import gc
 import itertools
 import pickle
 
@@ -20,6 +21,7 @@ from modeling_coe import (
     CoEForSequenceClassification,
     CoEForTokenClassification,
     CoEModel,
+    experts_coe,
 )
 from modeling_coe.budget import count_parameters
 
@@ -192,6 +194,35 @@ def test_gradient_checkpointing_changes_no_gradient(implementation):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         results.append(loss_and_gradients(model, tokens(2, 9)))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers_per_pool", [1, 2, 4])
+def test_the_visits_of_all_layers_share_one_weight_gradient(layers_per_pool, checkpointing, monkeypatch):
+    fresh, outer = [], experts_coe._Groups.outer
+    monkeypatch.setattr(experts_coe._Groups, "outer", lambda *arguments: fresh.append(1) or outer(*arguments))
+    model = pooled(layers_per_pool=layers_per_pool, num_iterations=2).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_and_gradients(model, tokens(2, 9))
+    assert len(fresh) == 2 * LAYERS // layers_per_pool  # gate_up_proj and down_proj of every pool
+
+
+def test_a_recomputed_layer_leaves_nothing_behind():
+    model = pooled(layers_per_pool=4, num_iterations=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    alive = []
+
+    def live_bytes(*_):
+        gc.collect()
+        alive.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor)))
+
+    for layer in model.model.layers:
+        layer.register_full_backward_hook(live_bytes)
+    loss_and_gradients(model, tokens(8, 100))
+    # Every layer's recomputation is gone when the next one starts; its gate and up projections alone are larger.
+    one_layer = 8 * 100 * 2 * 2 * (2 * 24) * 4
+    assert max(alive[1:]) - alive[1] < one_layer
 
 
 def test_compiled_and_exported_models_equal_the_eager_one():
