@@ -571,18 +571,28 @@ def load_balancing_loss_func(
     num_experts: int,
     top_k: int,
     attention_mask: torch.Tensor | None = None,
+    routers_per_pool: int | None = None,
 ) -> torch.Tensor:
     r"""Switch Transformer's load-balancing loss over every router of the model (arXiv 2101.03961, eq. 4-6).
 
     `N * sum_i f_i * P_i` with f_i the share of (token, router) pairs that chose expert i and P_i its mean probability.
     It is K for balanced routers and at most N * K; 0 if every token is padding.
 
+    Where several layers share a pool it is the mean of the pools' losses, each over all routers that visit the pool:
+    every expert is to be used by some visit, not by each.
+
     Args:
         router_logits (`tuple` of `L * C` tensors of shape `(T, N)`): layer-major, as the model returns them.
         num_experts (`int`): N.
         top_k (`int`): K.
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a token is padding and does not count.
+        routers_per_pool (`int`, *optional*): how many routers in succession visit one pool; `None` counts all
+            together, as Mixtral's function does.
     """
+    if routers_per_pool is not None and routers_per_pool < len(router_logits):
+        pools = [router_logits[i : i + routers_per_pool] for i in range(0, len(router_logits), routers_per_pool)]
+        losses = [load_balancing_loss_func(pool, num_experts, top_k, attention_mask) for pool in pools]
+        return sum(loss.to(losses[0].device) for loss in losses) / len(losses)
     device = router_logits[0].device
     num_tokens = router_logits[0].shape[0]
     if attention_mask is None:
@@ -686,8 +696,11 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         is_decoding = labels is None and (past_key_values is not None or not self.training)
         if outputs.router_logits is not None and not is_decoding:
             padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            # CODEPATH: pools of one layer are balanced together, as Mixtral's are; shared ones each by itself
+            shares_pools = self.config.layers_per_pool > 1
+            visits = self.config.layers_per_pool * self.config.num_iterations if shares_pools else None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.num_experts, self.num_experts_per_tok, padding_mask
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, padding_mask, visits
             )
             if labels is not None:
                 share = self._share_of_batch(labels, **kwargs)

@@ -56,6 +56,37 @@ def test_is_k_for_balanced_routers():
     assert load_balancing_loss_func(balanced, 7, 1).item() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_is_the_mean_over_the_pools_that_layers_share_each_counted_over_all_its_visits():
+    model = build(num_hidden_layers=4, layers_per_pool=2).train()
+    input_ids = tokens(3, 7)
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    outputs = model(input_ids, attention_mask=mask, labels=input_ids, output_router_logits=True)
+    visits = 2 * SMALL["num_iterations"]
+    pools = (outputs.router_logits[:visits], outputs.router_logits[visits:])
+    expected = sum(naive_coe.load_balancing_loss(pool, 7, 2, mask) for pool in pools) / 2
+    torch.testing.assert_close(outputs.aux_loss, expected.float(), rtol=1e-5, atol=1e-6)
+    together = naive_coe.load_balancing_loss(outputs.router_logits, 7, 2, mask)
+    assert (outputs.aux_loss - together).abs() > 1e-3
+
+
+@pytest.mark.parametrize("layers_per_pool", [1, 4])
+def test_one_pool_and_pools_of_one_layer_are_balanced_as_mixtral_does(layers_per_pool):
+    model = build(num_hidden_layers=4, layers_per_pool=layers_per_pool).train()
+    input_ids = tokens(3, 7)
+    outputs = model(input_ids, labels=input_ids, output_router_logits=True)
+    assert torch.equal(outputs.aux_loss, load_balancing_loss_func(outputs.router_logits, 7, 2))
+    torch.testing.assert_close(outputs.aux_loss, mixtral_load_balancing_loss(outputs.router_logits, 7, 2))
+
+
+def test_asks_of_a_pool_that_some_visit_uses_each_expert_not_that_every_visit_does():
+    # Each of two visits uses two experts of four, and between them they use all.
+    visits = tuple(torch.eye(4)[experts].repeat(5, 1) * 50 for experts in ([0, 1], [2, 3]))
+    pooled = load_balancing_loss_func(visits, 4, 1, routers_per_pool=2)
+    separate = load_balancing_loss_func(visits, 4, 1, routers_per_pool=1)
+    assert (pooled.item(), separate.item()) == (pytest.approx(1), pytest.approx(2))
+
+
 def test_is_on_by_default_in_training_and_reaches_every_router():
     model = build().train()
     input_ids = tokens(2, 9)
@@ -127,9 +158,10 @@ def accumulate(model, rows, micro_batch):
         model(micro, labels=micro, num_items_in_batch=targets).loss.backward()
 
 
-def test_gradient_of_8x1_equals_2x4_accumulation():
+@pytest.mark.parametrize("pools", [{}, {"num_hidden_layers": 4, "layers_per_pool": 2}], ids=["own", "shared"])
+def test_gradient_of_8x1_equals_2x4_accumulation(pools):
     # Four copies of two rows: the statistics of a micro-batch equal those of the batch, so scaling alone is at stake.
-    model = build()
+    model = build(**pools)
     rows = tokens(2, 9).repeat(4, 1)
     whole = aux_gradients(model, lambda m: accumulate(m, rows, 8))
     parts = aux_gradients(model, lambda m: accumulate(m, rows, 2))

@@ -328,6 +328,20 @@ def test_routing_health_of_known_routers():
     assert routing_health(model, padded) == health
 
 
+def test_routing_health_tells_the_experts_of_a_pool_that_no_visit_uses():
+    fields = {"num_iterations": 1, "num_experts_per_tok": 1, "num_hidden_layers": 2, "layers_per_pool": 2}
+    model = CoEForCausalLM(CoEConfig(**CONFIG | fields)).eval()
+    # A direction and its negative choose one expert of a pair: the first layer of 0 and 4, the second of 3 and 4.
+    for layer, pair in zip(model.model.layers, ((0, 4), (3, 4)), strict=True):
+        gate = layer.mlp.gate.weight.data.zero_()
+        gate[0, pair[0]] = torch.randn(32)
+        gate[0, pair[1]] = -gate[0, pair[0]]
+    health = routing_health(model, {"input_ids": torch.randint(320, (4, 16))})
+    assert health["dead_experts_1"] == pytest.approx(3 / 5)
+    assert health["dead_pool_experts"] == pytest.approx(2 / 5)
+    assert health["pool_imbalance"] >= 5 / 3
+
+
 PRETRAIN = sorted(ROOT.glob("configuration/pretrain/*.yaml"))
 FINETUNE = sorted(ROOT.glob("configuration/finetune/*.yaml"))
 PRESETS = sorted(ROOT.glob("configuration/models/*.json"))

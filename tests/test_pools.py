@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload, disk_offload
 from conftest import build, tokens
 from safetensors import safe_open
+from transformers import Trainer
 
 from modeling_coe import (
     CoEForCausalLM,
@@ -23,6 +24,8 @@ from modeling_coe import (
     experts_coe,
 )
 from modeling_coe.budget import count_parameters
+from modeling_coe.train.arguments import PretrainArguments
+from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import peak_bytes
 
 
@@ -256,3 +259,40 @@ def test_every_head_takes_the_pools_of_a_language_model(head, tmp_path):
     ids = tokens(2, 6)
     expected = language_model.model(ids).last_hidden_state
     torch.testing.assert_close(base(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+class PooledTrainer(PoolRate, Trainer):
+    pass
+
+
+def trained(folder, factor, layers_per_pool=2):
+    """The model before and after a step of AdamW whose pools learn at `factor` times the rate, and the optimizer."""
+    model = pooled(layers_per_pool=layers_per_pool)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = PretrainArguments(
+        str(folder), learning_rate=1e-3, max_steps=1, pool_learning_rate_factor=factor, report_to="none", use_cpu=True,
+        lr_scheduler_type="constant", save_strategy="no", eval_strategy="no", disable_tqdm=True, weight_decay=0.1,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens(4, 9)]
+    trainer = PooledTrainer(model, arguments, train_dataset=data)
+    trainer.train()
+    return before, dict(model.named_parameters()), trainer.optimizer
+
+
+def test_pools_learn_at_their_own_rate_and_all_else_at_the_given_one(tmp_path):
+    before, whole, optimizer = trained(tmp_path, 1.0)
+    assert len(optimizer.param_groups) == 2  # with and without weight decay, as Trainer's
+    _, halved, optimizer = trained(tmp_path, 0.5)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [5e-4, 1e-3, 1e-3]
+    for name, start in before.items():
+        full, half = whole[name] - start, halved[name] - start
+        torch.testing.assert_close(half, full * (0.5 if ".experts." in name else 1.0), rtol=1e-3, atol=1e-7)
+        assert full.abs().max() > 1e-4, name
+
+
+def test_a_rate_of_the_pool_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="layers_per_pool=1"):
+        trained(tmp_path, 0.5, layers_per_pool=1)
+    for factor in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="pool_learning_rate_factor"):
+            trained(tmp_path, factor)

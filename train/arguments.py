@@ -7,6 +7,7 @@ model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
 
 import difflib
 import json
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -156,12 +157,16 @@ class PretrainArguments(TrainingArguments):
             "help": "From a preset, equal modules of different models start with equal weights, for comparisons."
         },
     )
+    pool_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Times the learning rate, for experts that several layers share."}
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs every column."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
 
     def __post_init__(self):
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        check_pool_rate(self.pool_learning_rate_factor)
         if self.logging_nan_inf_filter:
             raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
         if self.load_best_model_at_end:
@@ -188,6 +193,9 @@ class FinetuneArguments(SFTConfig):
     )
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
+    pool_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Times the learning rate, for experts that several layers share."}
+    )
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "The curve's x axis."})
     report_to: None | str | list[str] = field(  # noqa: RUF036, the parser wants None first
         default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
@@ -196,8 +204,18 @@ class FinetuneArguments(SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        check_pool_rate(self.pool_learning_rate_factor)
         if self.logging_nan_inf_filter:
             raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
+
+
+def check_pool_rate(factor: float):
+    """
+    Raises:
+        ValueError: a factor of the learning rate that is not a finite number above 0.
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"`pool_learning_rate_factor={factor}` must be a finite number above 0.")
 
 
 @dataclass

@@ -45,6 +45,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
+from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
@@ -61,7 +62,7 @@ from modeling_coe.train.report import (
 from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
 
 
-class Finetuner(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, SFTTrainer):
+class Finetuner(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, SFTTrainer):
     """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how a validation batch is routed."""
 
     def create_model_card(self, *args, **kwargs):

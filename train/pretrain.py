@@ -45,6 +45,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, solve
+from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
@@ -61,7 +62,7 @@ from modeling_coe.train.report import (
 from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
 
 
-class Pretrainer(AtomicCheckpoints, RoutingHealth, ShardedCheckpoints, Trainer):
+class Pretrainer(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, Trainer):
     """Trainer that writes whole checkpoints, stops at a NaN, and scores the validation problems when it evaluates."""
 
     def __init__(self, *args, problems: Dataset, max_new_tokens: int, **kwargs):

@@ -116,7 +116,8 @@ class RoutingHealth:
 def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """Of each iteration t, averaged over the layers: `router_entropy_t`, of a token's softmax, as a share of log N;
     `dead_experts_t`, the share of experts that no token chose; `load_imbalance_t`, the busiest expert's load over the
-    mean. Padding does not count.
+    mean. Where layers share pools also `dead_pool_experts`, the share that no token chose in any visit, and
+    `pool_imbalance`. Padding does not count.
     """
     config = model.config
     logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
@@ -124,17 +125,22 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     if "attention_mask" in batch:
         keep = batch["attention_mask"].reshape(-1).bool()
     chain, N = config.num_iterations, config.num_local_experts
-    health = {}
+    health, all_loads = {}, []
     for iteration in range(chain):
         probs = [layer[keep].softmax(-1) for layer in logits[iteration::chain]]
         chosen = [layer.topk(config.num_experts_per_tok).indices.flatten().bincount(minlength=N) for layer in probs]
         loads = torch.stack(chosen).float()
+        all_loads.append(loads)
         entropy = torch.stack([torch.special.entr(layer).sum(-1).mean() for layer in probs]).mean() / math.log(N)
         health |= {
             f"router_entropy_{iteration + 1}": round(entropy.item(), 4),
             f"dead_experts_{iteration + 1}": round(loads.eq(0).float().mean().item(), 4),
             f"load_imbalance_{iteration + 1}": round((loads.amax(-1) / loads.mean(-1)).mean().item(), 3),
         }
+    if config.layers_per_pool > 1:
+        pools = torch.stack(all_loads).sum(0).unflatten(0, (-1, config.layers_per_pool)).sum(1)
+        health["dead_pool_experts"] = round(pools.eq(0).float().mean().item(), 4)
+        health["pool_imbalance"] = round((pools.amax(-1) / pools.mean(-1)).mean().item(), 3)
     return health
 
 
