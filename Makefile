@@ -4,15 +4,25 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 OLDEST := .venv-oldest
+# On Linux, pip's own index has the CUDA build of torch, several GB. Without an NVIDIA GPU the CPU build (200 MB) comes
+# from PyTorch's index, if that answers. `make demo TORCH_INDEX=` leaves the choice to pip.
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
 # Models this small gain little from a second thread, and lose much when the cores are shared.
 export OMP_NUM_THREADS ?= 1
 QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
+NEXT := Uma has 3 coins. Uma finds 4 more. Uma loses 2. How many coins does Uma have now?
 
 .PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(ENVIRONMENT)/.train
 	$(BIN)/python train/pretrain.py --config configuration/pretrain/smoke.yaml
+	$(BIN)/python train/show_routing.py --model runs/smoke --train_problems 1 --output_dir runs/smoke/routing
 	$(BIN)/python train/generate.py --model runs/smoke --question "$(QUESTION)"
+	@echo
+	@echo 'Pictures: runs/smoke/loss_curve.png (loss), runs/smoke/routing/load.png (which experts each iteration chose)'
+	@echo 'Next, ask it something else: make demo QUESTION="$(NEXT)"'
 
 test: $(ENVIRONMENT)/.dev
 	$(BIN)/python -m pytest
@@ -33,8 +43,13 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(ENVIRONMENT)
 
+# With torch's index only torch itself: it need not have every other pinned version.
+PIP := $(BIN)/python -m pip --quiet
+CPU_TORCH = $(PIP) --retries 1 --timeout 15 install --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
+
 $(ENVIRONMENT)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(if $(TORCH_INDEX),$(CPU_TORCH) || echo "No torch from there: pip's own index is asked.")
+	$(PIP) install --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 $(OLDEST)/.dev: pyproject.toml constraints.txt

@@ -40,6 +40,22 @@ def test_script_writes_numbers_and_pictures_of_a_checkpoint(tmp_path, iterations
     assert (tmp_path / "routing" / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_table_has_a_row_for_each_layer_and_iteration():
+    summary = {
+        "entropy_of_load": [[0.91, 0.92], [0.93, 0.94]],
+        "busiest_expert_over_mean": [[1.1, 1.2], [1.3, 1.4]],
+        "change_of_state": [[0.5, 0.6], [0.7, 0.8]],
+        "revisits": [[0.21], [0.22]],
+    }
+    rows = [line.split() for line in show_routing.table(summary).splitlines()[1:]]
+    assert rows == [
+        ["0", "1", "0.91", "1.10", "0.50"],
+        ["0", "2", "0.92", "1.20", "0.60", "21%"],
+        ["1", "1", "0.93", "1.30", "0.70"],
+        ["1", "2", "0.94", "1.40", "0.80", "22%"],
+    ]
+
+
 def test_summary_is_the_routing_s_own():
     routing = record_routing(build(), tokens(2, 9))
     kinds = torch.arange(18) % 3

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.train.arguments import command_line, parse
 from modeling_coe.train.data import PROMPT
+from modeling_coe.train.report import keep_output_short
 
 
 @dataclass
@@ -26,6 +27,7 @@ class GenerateArguments:
 @command_line
 def main(arguments: list[str] | None = None):
     (options,) = parse(GenerateArguments, arguments=arguments)
+    keep_output_short()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     inputs = tokenizer(PROMPT.format(options.question), return_tensors="pt", return_token_type_ids=False)

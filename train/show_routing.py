@@ -7,7 +7,6 @@
 Reads validation documents and writes routing.json, load.png and, for more than one iteration, transitions.png.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from modeling_coe.folders import facts_of
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
 from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
 from modeling_coe.train.data import load_documents, load_tokenizer
-from modeling_coe.train.report import draw, environment, save_picture
+from modeling_coe.train.report import draw, environment, keep_output_short, save_picture
 from modeling_coe.train.runs import result_folder, write_json
 
 
@@ -66,9 +65,25 @@ def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
     }
 
 
+def table(summary: dict) -> str:
+    """A row for each layer and iteration: the entropy of the load (1 = even), the busiest expert's load over the mean,
+    the change of the state, and the share of visits to an expert that the iteration before has chosen already.
+    """
+    lines = ["layer  iteration  entropy  busiest  change  chosen again"]
+    for layer, entropies in enumerate(summary["entropy_of_load"]):
+        for iteration, entropy in enumerate(entropies):
+            busiest = summary["busiest_expert_over_mean"][layer][iteration]
+            change = summary["change_of_state"][layer][iteration]
+            again = f"{summary['revisits'][layer][iteration - 1]:.0%}" if iteration else ""
+            line = f"{layer:5}  {iteration + 1:9}  {entropy:7.2f}  {busiest:7.2f}  {change:6.2f}  {again:>12}"
+            lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, options = parse(ModelArguments, DataArguments, RoutingArguments, arguments=arguments)
+    keep_output_short()
     output = Path(options.output_dir)
     with result_folder(output):
         show(model_arguments, data, options, output)
@@ -93,7 +108,8 @@ def show(model_arguments: ModelArguments, data: DataArguments, options: RoutingA
         "documents": len(documents),
     }
     write_json(output / "routing.json", facts | summary | environment(model.device))
-    print(json.dumps(summary, indent=2))
+    print(table(summary))
+    print(f"load of each expert in each iteration: {output / 'load.png'}; all numbers: {output / 'routing.json'}")
     draw(save, plot_routing, routing, output / "load.png")
     if model.config.num_iterations > 1:
         draw(save, plot_transitions, routing, output / "transitions.png")
