@@ -90,3 +90,18 @@ def test_a_script_ends_with_a_message_and_a_call_with_the_error(monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         generate.main()
     assert len(str(end.value).splitlines()) <= 3 and capsys.readouterr() == ("", "")
+
+
+def test_help_has_the_recipe_first_then_the_script_s_own_options_and_inherited_ones_on_request(capsys):
+    def help_of(option):
+        with pytest.raises(SystemExit):
+            parse(ModelArguments, PretrainArguments, arguments=[option], description="What it does.")
+        return capsys.readouterr().out
+
+    brief, full = help_of("--help"), help_of("--help-all")
+    places = [
+        brief.index(part) for part in ("What it does.", "--config VALUE", "--model ", "--skip_logits ", "--help-all.")
+    ]
+    assert places == sorted(places)
+    assert "--max_grad_norm" not in brief and full.index("--skip_logits ") < full.index("--max_grad_norm ")
+    assert "(default: None)" not in full and "--skip-logits" not in full

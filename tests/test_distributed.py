@@ -234,7 +234,7 @@ def test_the_plan_of_a_world_shows_calls_and_sizes(capsys):
     plan.main([*arguments, "--world", "8x80GB"])
     lines = capsys.readouterr().out.splitlines()
     # 4 layers x 2 iterations x (there, back) x (forward, backward) calls; 64 x 512 tokens x 4 experts x 1024 fp32
-    # numbers, of which 7 in 8 leave the card.
+    # numbers, of which 7 in 8 leave the GPU.
     sent = 64 * 512 * 4 * 1024 * 4 * 7 / 8 / 2**20
     assert any(line.startswith("  all_to_all: calls") and line.endswith(f"32 x {sent:,.3f}") for line in lines)
     assert any(

@@ -404,5 +404,5 @@ def test_the_micro_batch_shrinks_and_the_tokens_of_a_step_stay():
     assert not training.auto_find_batch_size
     with pytest.raises(ValueError, match="Not one sequence of 64 tokens fits"):
         arguments.fit_micro_batch(training, config, setup, 1000)
-    with pytest.raises(ValueError, match="fits CUDA cards"):
+    with pytest.raises(ValueError, match="fits CUDA GPUs"):
         arguments.free_memory(torch.device("cpu"))

@@ -6,10 +6,11 @@ model, data, training = parse(ModelArguments, DataArguments, PretrainArguments)
 """
 
 import difflib
+import itertools
 import json
 import math
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -278,7 +279,7 @@ def free_memory(device: torch.device) -> int:
         ValueError: not a CUDA device.
     """
     if device.type != "cuda":
-        raise ValueError(f"`auto_find_batch_size=true` fits CUDA cards, this is {device}; choose the batch yourself.")
+        raise ValueError(f"`auto_find_batch_size=true` fits CUDA GPUs, this is {device}; choose the batch yourself.")
     return torch.cuda.mem_get_info(device)[0] - 2**29
 
 
@@ -323,22 +324,55 @@ def command_line(main: Callable) -> Callable:
     return run
 
 
+class RawHelp(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of every option."""
+
+
 class Parser(TrlParser):
-    """TRL's parser, which raises where argparse prints several hundred options and exits."""
+    """TRL's parser, which raises where argparse prints several hundred options and exits.
+
+    Its help lists the options that a class defines itself under the class's first line. What a class inherits, such
+    as the options of `TrainingArguments`, comes last, and with `--help-all` only.
+    """
 
     def error(self, message: str):
         raise ValueError(f"{message[:1].upper()}{message[1:]}. `--help` lists the options.")
 
+    def format_help(self) -> str:
+        sections = {"Help and recipe": ["help", "help_all", "config"]}
+        sections |= {one.__doc__.partition("\n")[0]: list(one.__annotations__) for one in self.dataclass_types}
+        own = set(itertools.chain(*sections.values()))
+        inherited = [name for one in self.dataclass_types for name in one.__dataclass_fields__ if name not in own]
+        if self.shows_all:
+            sections["Inherited from transformers and TRL"] = inherited
+        for action in self._actions:
+            # One spelling of the two that are understood, and no `(default: None)`.
+            action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+            action.metavar = None if action.choices else "VALUE"
+            action.default = SUPPRESS if action.default is None else action.default
+        formatter = self._get_formatter()
+        formatter.add_text(f"{self.prog} [--config RECIPE] [--option VALUE ...]")
+        formatter.add_text(self.description)
+        for title, names in sections.items():
+            formatter.start_section(title.rstrip("."))
+            formatter.add_arguments(action for action in self._actions if action.dest in names)
+            formatter.end_section()
+        if inherited and not self.shows_all:
+            formatter.add_text(f"{len(inherited)} more options, of transformers and TRL, are listed by --help-all.")
+        return formatter.format_help()
 
-def parse(*argument_classes: type, arguments: list[str] | None = None) -> tuple:
+
+def parse(*argument_classes: type, arguments: list[str] | None = None, description: str | None = None) -> tuple:
     """One instance of each class, from `--config recipe.yaml` and the command line, which wins.
 
     Raises:
         ValueError: a recipe that cannot be read, an unknown key, or a value that the key does not take.
     """
-    parser = Parser(argument_classes, allow_abbrev=False)
-    parser.add_argument("--config", help="Recipe (YAML): values for any of these options; the command line wins.")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(argument_classes, allow_abbrev=False, description=description, formatter_class=RawHelp)
+    parser.shows_all = "--help-all" in arguments
+    parser.add_argument("--help-all", action="help", dest="help_all", help="show the inherited options too, and exit")
+    parser.add_argument("--config", help="Recipe (YAML): values for any of these options; the command line wins.")
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = parser.error
     first.add_argument("--config")

@@ -77,7 +77,9 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argume
 
 @command_line
 def main(arguments: list[str] | None = None):
-    model_arguments, data, evaluation = parse(ModelArguments, DataArguments, EvaluationArguments, arguments=arguments)
+    model_arguments, data, evaluation = parse(
+        ModelArguments, DataArguments, EvaluationArguments, arguments=arguments, description=__doc__
+    )
     keep_output_short()
     output = Path(evaluation.output_dir)
     with result_folder(output):

@@ -135,7 +135,7 @@ def score(
 @command_line
 def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
-    model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments)
+    model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments, description=__doc__)
     keep_output_short()
     training.max_length = data.sequence_length
     output = Path(training.output_dir)

@@ -26,7 +26,7 @@ class GenerateArguments:
 
 @command_line
 def main(arguments: list[str] | None = None):
-    (options,) = parse(GenerateArguments, arguments=arguments)
+    (options,) = parse(GenerateArguments, arguments=arguments, description=__doc__)
     keep_output_short()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()

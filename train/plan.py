@@ -5,9 +5,9 @@
     python train/plan.py --model configuration/models/coe_c2_k4_n64.json \\
         --recipe configuration/pretrain/paper_8gb.yaml --gpu 8GB
 
-Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the card, what
-to change, the cheapest change first. Without `--gpu` the card of this machine is meant. With `--world 8x80GB` also how
-it lies on several cards, and what travels between them.
+Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the GPU, what
+to change, the cheapest change first. Without `--gpu` that of this machine is meant. With `--world 8x80GB` it also
+prints how the model lies on several GPUs, and what travels between them.
 """
 
 import argparse
@@ -57,7 +57,7 @@ REMEDIES = {
 
 
 def memory_size(text: str) -> int:
-    """`8GB` and `8GiB`, as cards are sold, are 8 * 2**30 bytes."""
+    """`8GB` and `8GiB`, as GPUs are sold, are 8 * 2**30 bytes."""
     match = re.fullmatch(r"([\d.]+)\s*Gi?B?", text, re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory size; write for instance 8GB")
@@ -65,10 +65,10 @@ def memory_size(text: str) -> int:
 
 
 def world_size(text: str) -> tuple[int, int]:
-    """`8x80GB`: 8 cards of 80 * 2**30 bytes."""
+    """`8x80GB`: 8 GPUs of 80 * 2**30 bytes."""
     count, _, memory = text.partition("x")
     if not count.isdigit() or int(count) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of cards and their memory; write for instance 8x80GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs with their memory; write for instance 8x80GB")
     return int(count), memory_size(memory)
 
 
@@ -127,19 +127,19 @@ def calls_and_size(calls: int, sent: float) -> str:
     return f"{calls} x {sent / max(calls, 1) / 2**20:,.3f}"
 
 
-def print_world(config: CoEConfig, setup: TrainingSetup, cards: int, memory: int):
+def print_world(config: CoEConfig, setup: TrainingSetup, gpus: int, memory: int):
     """Memory, traffic and time of a rank: data parallel, sharded (FSDP2), and sharded with expert parallelism."""
-    cluster = Cluster(gpus_per_node=min(cards, 8))
+    cluster = Cluster(gpus_per_node=min(gpus, 8))
     experts = math.gcd(config.num_local_experts, cluster.gpus_per_node)
     layouts = {
-        "DDP": Layout(dp_replicate_size=cards),
-        "FSDP2": Layout(fsdp_size=cards),
-        f"FSDP2 + EP {experts}": Layout(fsdp_size=cards, ep_size=math.gcd(cards, experts)),
+        "DDP": Layout(dp_replicate_size=gpus),
+        "FSDP2": Layout(fsdp_size=gpus),
+        f"FSDP2 + EP {experts}": Layout(fsdp_size=gpus, ep_size=math.gcd(gpus, experts)),
     }
-    print(f"\n{cards} cards, {setup.batch_size} x {setup.sequence_length} tokens each; assumed: {cluster}")
+    print(f"\n{gpus} GPUs, {setup.batch_size} x {setup.sequence_length} tokens each; assumed: {cluster}")
     row("", *layouts)
     peaks = [sum(rank_memory(config, setup, layout).values()) for layout in layouts.values()]
-    row("memory of a card", *(f"{peak / GIB:.2f} GiB{'' if peak <= memory else ' (too much)'}" for peak in peaks))
+    row("memory of a GPU", *(f"{peak / GIB:.2f} GiB{'' if peak <= memory else ' (too much)'}" for peak in peaks))
     kinds = [traffic(config, setup, layout) for layout in layouts.values()]
     for kind in ("all_to_all", "gather", "reduce", "replicas"):
         row(f"{kind}: calls, MiB sent", *(calls_and_size(*sent[kind]) for sent in kinds))
@@ -152,12 +152,12 @@ def print_world(config: CoEConfig, setup: TrainingSetup, cards: int, memory: int
 
 
 def print_scaling(config: CoEConfig, setup: TrainingSetup):
-    """Expected tokens per second up to 256 cards: nodes of 8, each a sharded copy, experts within the node."""
+    """Expected tokens per second up to 256 GPUs: nodes of 8, each a sharded copy, experts within the node."""
     cluster = Cluster()
     experts = math.gcd(config.num_local_experts, cluster.gpus_per_node)
     ideal = setup.tokens / step_seconds(config, setup, Layout(), cluster)["compute"]
     print("\nExpected scaling, one copy per node of 8 (dp_replicate_size = nodes)")
-    row("cards", "FSDP2, tokens/s", "share of compute", f"+ EP {experts}, tokens/s", "share of compute")
+    row("GPUs", "FSDP2, tokens/s", "share of compute", f"+ EP {experts}, tokens/s", "share of compute")
     for nodes in (1, 2, 4, 8, 16, 32):
         values = []
         for layout in (Layout(8, 1, nodes), Layout(8, experts, nodes)):
@@ -170,10 +170,10 @@ def print_scaling(config: CoEConfig, setup: TrainingSetup):
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
-    parser.add_argument("--recipe", required=True, help="YAML file of configuration/pretrain")
-    parser.add_argument("--gpu", type=memory_size, help="memory of the card, for instance 8GB")
+    parser.add_argument("--recipe", "--config", required=True, help="YAML file of configuration/pretrain")
+    parser.add_argument("--gpu", type=memory_size, help="memory of the GPU, for instance 8GB")
     parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA itself; default 0.5GB")
-    parser.add_argument("--world", type=world_size, help="number of cards and their memory, for instance 8x80GB")
+    parser.add_argument("--world", type=world_size, help="number of GPUs and their memory, for instance 8x80GB")
     options = parser.parse_args(arguments)
     overrides = [] if options.model is None else ["--model", options.model]
     # Recipes for a GPU are planned anywhere.
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None):
         options.gpu = options.world[1]
     if options.gpu is None:
         if not torch.cuda.is_available():
-            parser.error("this machine has no CUDA card; name one's memory with --gpu 8GB")
+            parser.error("this machine has no CUDA GPU; name one's memory with --gpu 8GB")
         options.gpu = torch.cuda.get_device_properties(0).total_memory
     config = AutoConfig.from_pretrained(find_configuration(model.model))
     setup = training_setup(model, training, data.sequence_length)
@@ -191,8 +191,8 @@ def main(arguments: list[str] | None = None):
     print_comparison(config, setup)
     print_memory(config, setup, options.gpu - options.reserve)
     if options.world is not None:
-        cards, memory = options.world
-        print_world(config, setup, cards, memory - options.reserve)
+        gpus, memory = options.world
+        print_world(config, setup, gpus, memory - options.reserve)
         print_scaling(config, setup)
 
 

@@ -163,7 +163,7 @@ def is_preset(model: str) -> bool:
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data_arguments, layout, training = parse(
-        ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments
+        ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
     output = Path(training.output_dir)

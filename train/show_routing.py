@@ -82,7 +82,9 @@ def table(summary: dict) -> str:
 
 @command_line
 def main(arguments: list[str] | None = None):
-    model_arguments, data, options = parse(ModelArguments, DataArguments, RoutingArguments, arguments=arguments)
+    model_arguments, data, options = parse(
+        ModelArguments, DataArguments, RoutingArguments, arguments=arguments, description=__doc__
+    )
     keep_output_short()
     output = Path(options.output_dir)
     with result_folder(output):

@@ -17,21 +17,35 @@ from modeling_coe.train.arguments import command_line, parse
 
 @dataclass
 class UpcycleArguments:
+    """What to convert, how, and where to write it."""
+
     source: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id."})
     output: str | None = field(default=None, metadata={"help": "Folder to write; appears whole or not at all."})
-    num_iterations: int = field(default=2, metadata={"help": "C."})
+    num_iterations: int = field(default=2, metadata={"help": "Iterations of the chain (C)."})
     experts_per_iteration: int | None = field(
         default=None,
-        metadata={"help": "K; unset keeps the source's. The source's K / C keeps its compute but not its function."},
+        metadata={
+            "help": "Experts per token and iteration (K). Unset: the source's; its K / C keeps compute, not function."
+        },
     )
-    num_experts: int | None = field(default=None, metadata={"help": "N, for dense sources (unset: 8)."})
-    expert_noise: float = field(default=0.0, metadata={"help": "Noise on a dense source's copies, in their std."})
-    router_noise: float = field(default=0.0, metadata={"help": "Noise on the later routers, in the router's std."})
-    layers: list[int] | None = field(default=None, metadata={"help": "Source layers to keep; unset keeps all."})
-    seed: int = field(default=0, metadata={"help": "Of all noise."})
-    max_shard_size: str = field(default="5GB", metadata={"help": "Size of an output file, and of the peak of RAM."})
+    num_experts: int | None = field(
+        default=None, metadata={"help": "Experts to make from a dense source (N). Unset: 8."}
+    )
+    expert_noise: float = field(
+        default=0.0, metadata={"help": "Noise on the copies of a dense source, in units of their standard deviation."}
+    )
+    router_noise: float = field(
+        default=0.0, metadata={"help": "Noise on the later routers, in units of the router's standard deviation."}
+    )
+    layers: list[int] | None = field(default=None, metadata={"help": "Source layers to keep. Unset: all."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Largest output file, which bounds the memory needed."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier conversion wrote."})
-    verify: bool = field(default=False, metadata={"help": "Compare the logits with the source's before publishing."})
+    verify: bool = field(
+        default=False, metadata={"help": "Compare the logits with the source's before the output appears."}
+    )
     verify_text: str | None = field(default=None, metadata={"help": "Text file to verify on."})
 
 
@@ -39,7 +53,7 @@ class UpcycleArguments:
 def main(command: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    (arguments,) = parse(UpcycleArguments, arguments=command)
+    (arguments,) = parse(UpcycleArguments, arguments=command, description=__doc__)
     if arguments.source is None or arguments.output is None:
         raise ValueError("Set `source` and `output`, in the recipe or on the command line.")
     print(f"Chain-of-Experts written to {upcycle(**vars(arguments))}")

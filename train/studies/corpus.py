@@ -44,7 +44,7 @@ class CorpusArguments:
 
 
 def main(arguments: list[str] | None = None):
-    (options,) = parse(CorpusArguments, arguments=arguments)
+    (options,) = parse(CorpusArguments, arguments=arguments, description=__doc__)
     output = Path(options.output)
     pins = read_pins(ROOT / "constraints.txt")
     splits = collect(pins, TRAINED_ON, HELD_OUT)

@@ -31,6 +31,8 @@ from modeling_coe.train.report import environment
 
 @dataclass
 class HealingArguments:
+    """What to upcycle, how long to train it, and on which data."""
+
     data: str | None = field(default=None, metadata={"help": "Folder with train.jsonl and test.jsonl."})
     output_dir: str = field(default="runs/healing", metadata={"help": "All models, and results.json."})
     preset: str = field(default="configuration/models/coe_tiny.json", metadata={"help": "Sizes of the source."})
@@ -49,7 +51,7 @@ class HealingArguments:
 
 
 def main():
-    (arguments,) = parse(HealingArguments)
+    (arguments,) = parse(HealingArguments, description=__doc__)
     if arguments.data is None:
         raise ValueError("Set `data` to a folder with train.jsonl and test.jsonl.")
     output = Path(arguments.output_dir)

@@ -45,6 +45,8 @@ EQUAL_COMPUTE = 0.05
 
 @dataclass
 class ReproduceArguments:
+    """Which table to run, at which scale, and where its runs and its result go."""
+
     table: str = field(metadata={"help": "A table of configuration/studies."})
     scale: str = field(default="cpu", metadata={"help": "One of configuration/studies/scales."})
     dataset: str | None = field(default=None, metadata={"help": "In place of the scale's: a Hub id, file or folder."})
@@ -152,7 +154,7 @@ class Variant:
 
 @command_line
 def main(arguments: list[str] | None = None):
-    (options,) = parse(ReproduceArguments, arguments=arguments)
+    (options,) = parse(ReproduceArguments, arguments=arguments, description=__doc__)
     table = load_table(Path(options.table))
     scale = replace(load_scale(options), **table.scale)
     variants = {name: build_variant(row, scale) for name, row in table.rows.items()}
