@@ -1,33 +1,37 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""The server, asked by the real `openai` client: answers, streams, crowds and bad requests; and the pipelines."""
+"""The server, asked by the real `openai` client: answers, streams, long and bad requests; and the pipelines."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build, whitespace_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
 import modeling_coe
 
 
 openai = pytest.importorskip("openai")
-pytest.importorskip("uvicorn")
+serve = pytest.importorskip("modeling_coe.train.serve")
+
 
 SERVER = Path(__file__).parents[1] / "train" / "serve.py"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 QUESTIONS = [f"w{30 + i} w8 w{60 + i}" for i in range(32)]
 NEW_TOKENS = 6
+CONTEXT = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def checkpoint(tmp_path_factory):
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    build(eos_token_id=None).save_pretrained(folder)
+    build(eos_token_id=None, max_position_embeddings=CONTEXT).save_pretrained(folder)
     return folder
 
 
@@ -48,6 +52,28 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def server(checkpoint):
+    """The server as a user starts it, its address, and its log."""
+    port = free_port()
+    log = checkpoint.parent / f"server-{port}.log"
+    command = [sys.executable, SERVER, checkpoint, "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(checkpoint / "no-cache")}
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
+        try:
+            while not is_up(f"http://127.0.0.1:{port}/health"):
+                assert process.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.2)
+            yield process, f"http://127.0.0.1:{port}", log
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def engine(checkpoint):
+    return serve.Engine(str(checkpoint), "cpu")
+
+
 def is_up(url: str) -> bool:
     try:
         return urllib.request.urlopen(url, timeout=5).status == 200
@@ -55,41 +81,17 @@ def is_up(url: str) -> bool:
         return False
 
 
-def refusal_of(url: str, content: bytes) -> urllib.error.HTTPError:
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
+
+
+def refusal_of(url: str, content: bytes, **headers) -> urllib.error.HTTPError:
     """The answer to a request that is refused."""
-    request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, content, {"Content-Type": "application/json", **headers})
     with pytest.raises(urllib.error.HTTPError) as refusal:
         urllib.request.urlopen(request, timeout=60)
     return refusal.value
-
-
-def serve(checkpoint: Path, *options: str):
-    """Starts the server as a user does; yields a client when it answers, and ends it afterwards."""
-    port = free_port()
-    command = [sys.executable, SERVER, checkpoint, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = checkpoint.parent / f"server-{port}.log"
-    with log.open("w") as file, subprocess.Popen([*command, *options], stdout=file, stderr=file) as process:
-        try:
-            while not is_up(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.5)
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-@pytest.fixture(scope="module")
-def client(checkpoint):
-    yield from serve(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def batching_client(checkpoint):
-    yield from serve(checkpoint, "--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "256")
 
 
 def ask(client, checkpoint: Path, question: str, **options):
@@ -124,13 +126,38 @@ def test_server_gives_the_models_own_answer_whole_and_streamed(client, checkpoin
     assert sum(bool(chunk) for chunk in chunks) > 1  # it came in pieces
 
 
-def test_transformers_chat_talks_to_the_server(client, checkpoint):
-    command = [Path(sys.executable).with_name("transformers"), "chat", checkpoint, str(client.base_url).rstrip("/")]
-    chat = subprocess.run(
-        [*command, "do_sample=False", f"max_new_tokens={NEW_TOKENS}"], input=f"{QUESTIONS[0]}\n!exit\n",
-        env={**os.environ, "HF_HUB_OFFLINE": "0"}, cwd=checkpoint.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert expected(checkpoint, QUESTIONS[0]) in " ".join(chat.stdout.split()), chat.stderr[-3000:]
+def test_completions_count_their_tokens_and_stop_at_a_stop(client, checkpoint):
+    complete = client.completions.create
+    whole = complete(model=str(checkpoint), prompt=QUESTIONS[2], max_tokens=NEW_TOKENS)
+    words = whole.choices[0].text.split()
+    assert words == expected(checkpoint, QUESTIONS[2]).split() and whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, NEW_TOKENS)
+    stop = [f"{words[3]} {words[4]}", "nowhere"]
+    options = {"model": str(checkpoint), "prompt": QUESTIONS[2], "max_tokens": NEW_TOKENS, "stop": stop}
+    stopped = complete(**options).choices[0]
+    assert stopped.text.split() == words[:3] and stopped.finish_reason == "stop"
+    *pieces, last = [chunk.choices[0] for chunk in complete(**options, stream=True)]
+    assert "".join(piece.text for piece in pieces) == stopped.text and last.finish_reason == "stop"
+
+
+def test_a_seed_repeats_a_drawn_answer_and_temperature_zero_draws_nothing(client, checkpoint):
+    def draw(**options):
+        return ask(client, checkpoint, QUESTIONS[3], **options).choices[0].message.content
+
+    assert draw(temperature=2.0, seed=5) == draw(temperature=2.0, seed=5) != draw(temperature=2.0, seed=6)
+    greedy = expected(checkpoint, QUESTIONS[3]).split()
+    for temperature in (0, 1e-300, 1e-30):
+        assert draw(temperature=temperature, seed=5).split() == greedy
+    assert draw(temperature=1, top_p=1e-9).split() == greedy
+
+
+def test_the_one_model_is_listed_without_a_cache_and_nothing_else_is_served(server, client, checkpoint):
+    assert [model.id for model in client.models.list()] == [str(checkpoint)]
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        ask(client, Path("no-such/model"), QUESTIONS[0])
+    for route in ("load_model", "reset", "v1/responses", "v1/audio/transcriptions", "docs"):
+        assert refusal_of(f"{server[1]}/{route}", b'{"model": "/etc"}').code == 404
+    assert refusal_of(f"{server[1]}/health", None, Host="evil.example").code == 400
 
 
 BAD_VALUES = [
@@ -140,71 +167,172 @@ BAD_VALUES = [
     {"messages": ["w5 w6"]},
     {"messages": [{"content": "w5 w6"}]},
     {"messages": [{"role": "user", "content": 5}]},
+    {"messages": [{"role": "tool", "content": "w5"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {"messages": [{"role": "user", "content": "w5 \ud800"}]},
+    {"messages": [{"role": "user", "content": ""}]},
     {"max_tokens": -1},
     {"max_tokens": "many"},
+    {"max_tokens": True},
+    {"max_tokens": 2.5},
     {"max_completion_tokens": 0},
     {"temperature": -1},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
     {"top_p": 7},
+    {"top_p": 0},
     {"frequency_penalty": -3},
     {"seed": "w5"},
+    {"seed": 2**63},
+    {"seed": -1},
     {"stop": 5},
-    {"stream": True, "stop": 5},
+    {"stop": ""},
+    {"stop": ["w5", ""]},
+    {"stream": "yes"},
+    {"n": 2},
+    {"logprobs": True},
+    {"top_logprobs": 3},
+    {"response_format": {"type": "json_object"}},
     {"logit_bias": {"w5": 1}},
-    {"generation_config": "{"},
-    {"chat_template_kwargs": 5},
-    {"tools": "w5"},
+    {"generation_config": "{}"},
+    {"chat_template": "{{ 1 }}"},
+    {"chat_template_kwargs": {"n": 10**9}},
+    {"tools": []},
     {"no_such_field": 1},
 ]
 
 
-def test_wrong_values_are_refused_by_name_and_the_server_lives_on(client, checkpoint):
+def test_wrong_values_and_what_it_does_not_do_are_refused_by_name_and_the_server_lives_on(client, checkpoint):
     url = f"{client.base_url}chat/completions"
-    good = {"model": str(checkpoint), "messages": [{"role": "user", "content": "w5 w6"}]}
+    good = {"model": str(checkpoint), "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 1}
     for bad in BAD_VALUES:
         refusal = refusal_of(url, json.dumps(good | bad).encode())
-        assert refusal.code == 422 and list(bad)[-1] in refusal.read().decode(), bad
-    assert refusal_of(url, json.dumps({"model": str(checkpoint)}).encode()).code == 422
+        error = json.loads(refusal.read())["error"]
+        assert refusal.code == 422 and error["param"].startswith(list(bad)[-1]), (bad, error)
     assert answer(client, checkpoint, QUESTIONS[1])
 
 
-def test_bad_requests_are_refused_and_the_server_lives_on(client, checkpoint):
+def test_bodies_that_are_no_requests_are_refused_and_the_server_lives_on(client, checkpoint):
+    model = json.dumps(str(checkpoint)).encode()
     for call, content in [
         ("chat/completions", b"{"),
         ("chat/completions", b"[1, 2]"),
-        ("completions", b'{"prompt": 5}'),
-        ("completions", b'{"prompt": "w5", "max_tokens": -1}'),
-        ("responses", b"{}"),
-        ("responses", b'{"input": []}'),
-        ("no-such-call", b"{}"),
+        ("chat/completions", b"\xff\xfe"),
+        ("chat/completions", b'{"\\ud800": 1}'),
+        ("chat/completions", b"[" * 100_000),
+        ("chat/completions", b'{"model": ' + model + b"}"),
+        ("completions", b'{"model": ' + model + b', "prompt": 5}'),
+        ("completions", b'{"model": ' + model + b', "prompt": ["w5", "w6"]}'),
+        ("completions", b'{"model": ' + model + b', "prompt": ""}'),
+        ("completions", b'{"model": ' + model + b', "prompt": "w5", "echo": true}'),
+        ("completions", b'{"model": ' + model + b', "prompt": "w5", "max_tokens": ' + b"9" * 5000 + b"}"),
     ]:
-        assert 400 <= refusal_of(str(client.base_url) + call, content).code < 500, (call, content)
+        assert 400 <= refusal_of(str(client.base_url) + call, content).code < 500, (call, content[:99])
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        ask(client, checkpoint, QUESTIONS[0], temperature=-1)
+    assert refusal.value.param == "temperature" and "greater than or equal to 0" in refusal.value.message
     assert answer(client, checkpoint, QUESTIONS[1])
 
 
-def test_openai_client_sees_a_refusal_as_one(client, checkpoint):
-    with pytest.raises(openai.BadRequestError):
-        ask(client, Path("no-such/model"), QUESTIONS[0])
-    with pytest.raises(openai.UnprocessableEntityError) as refusal:
-        ask(client, checkpoint, QUESTIONS[0], temperature=-1)
-    assert refusal.value.response.json()["detail"][0]["loc"] == ["temperature"]
+def test_the_context_bounds_prompt_and_answer(client, checkpoint, engine):
+    with pytest.raises(openai.UnprocessableEntityError, match=rf"{CONTEXT} tokens; the model reads"):
+        ask(client, checkpoint, "w9 " * CONTEXT)
+    with pytest.raises(openai.UnprocessableEntityError, match="characters"):
+        ask(client, checkpoint, "w9 " * 2**20)
+    engine.model.config.max_position_embeddings = 20
+    request = serve.CompletionRequest(model="it", prompt="w9 " * 15, max_tokens=1_000_000)
+    ids = engine.encode(request)
+    assert engine.generate(ids, request, TextStreamer(engine.tokenizer), serve.Halt()) == (5, "length")
+    with pytest.raises(serve.RequestValidationError, match="20 tokens; the model reads from 1 to 19"):
+        engine.encode(serve.CompletionRequest(model="it", prompt="w9 " * 20))
+
+
+def answer_without_end(client, checkpoint, **options):
+    """100,000 tokens, which take longer than a test may."""
+    return client.completions.create(model=str(checkpoint), prompt=QUESTIONS[4], max_tokens=1_000_000, **options)
+
+
+def test_a_running_request_ends_with_its_client_and_holds_up_neither_health_nor_models(server, client, checkpoint):
+    with answer_without_end(client, checkpoint, stream=True) as stream:
+        for _, chunk in zip(range(5), stream, strict=False):
+            assert chunk.choices[0].finish_reason is None
+            assert is_up(f"{server[1]}/health") and list(client.models.list())
+    assert answer(client, checkpoint, QUESTIONS[1])
+    with pytest.raises(openai.APITimeoutError):
+        answer_without_end(client, checkpoint, timeout=0.5)
+    assert answer(client, checkpoint, QUESTIONS[1])
 
 
 @pytest.mark.slow
 def test_32_at_once_get_the_answers_they_would_get_alone(client, checkpoint):
-    crowd_gets_its_own_answers(client, checkpoint)
-
-
-@pytest.mark.slow
-def test_32_at_once_with_continuous_batching_get_the_answers_they_would_get_alone(batching_client, checkpoint):
-    crowd_gets_its_own_answers(batching_client, checkpoint)
-
-
-def crowd_gets_its_own_answers(client, checkpoint: Path):
     with ThreadPoolExecutor(32) as crowd:
         together = list(crowd.map(lambda question: answer(client, checkpoint, question), QUESTIONS))
     assert len(set(together)) > 16  # the questions have different answers
     for question in QUESTIONS[::8]:
         assert together[QUESTIONS.index(question)].split() == expected(checkpoint, question).split()
+
+
+@pytest.mark.slow
+def test_no_request_that_its_own_description_suggests_is_answered_with_500(server, checkpoint):
+    """Needs `pip install schemathesis`. The model's name is filled in, or nearly all requests would stop at it."""
+    schemathesis = pytest.importorskip("schemathesis")
+    hypothesis = pytest.importorskip("hypothesis")
+    schema, statuses = schemathesis.openapi.from_url(f"{server[1]}/openapi.json"), Counter()
+
+    @hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(data=hypothesis.strategies.data())
+    def fuzz(data, operation):
+        case = data.draw(operation.as_strategy(generation_mode=data.draw(modes)))
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body |= {"model": str(checkpoint), "max_tokens": 3}
+        statuses[case.call().status_code] += 1
+
+    modes = hypothesis.strategies.sampled_from(schemathesis.GenerationMode)
+    for operation in schema.get_all_operations():
+        fuzz(operation=operation.ok())
+    print(statuses)
+    assert not any(status >= 500 for status in statuses) and {200, 422} <= set(statuses)
+
+
+def test_terminated_it_ends_although_requests_run_and_wait(server, client, checkpoint):
+    """The last test that needs the server."""
+    process = server[0]
+    with ThreadPoolExecutor(2) as crowd, answer_without_end(client, checkpoint, stream=True) as stream:
+        next(iter(stream))  # this one runs, the other two wait
+        waiting = [crowd.submit(answer_without_end, client, checkpoint) for _ in range(2)]
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+        for request in waiting:
+            with pytest.raises(openai.APIError, match=r"shutting down|Connection error"):
+                request.result()
+
+
+def test_no_code_of_a_checkpoint_runs(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    whitespace_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        serve.Engine(str(tmp_path), "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_without_a_chat_template_names_the_other_call(engine):
+    message = serve.Message(role="user", content=[{"type": "text", "text": "w5"}, {"type": "text", "text": " w6"}])
+    assert engine.render([message]) == "w5 w6 "
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(serve.RequestValidationError, match="roles must alternate"):
+        engine.render([message])
+    engine.tokenizer.chat_template = None
+    with pytest.raises(serve.RequestValidationError, match="/v1/completions"):
+        engine.render([message])
+
+
+def test_a_mistyped_folder_is_named_at_once():
+    with pytest.raises(ValueError, match="no such folder"):
+        serve.main(["/no/such/model"])
 
 
 def test_pipelines_generate_and_classify(checkpoint, tmp_path):
