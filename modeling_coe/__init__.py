@@ -23,6 +23,7 @@ from .modeling_coe import (
     CoEModel,
     CoEPreTrainedModel,
 )
+from .quantization import QuantizedExpertsConfig, quantized_share
 from .upcycling import downcycle, upcycle
 
 
@@ -68,9 +69,11 @@ __all__ = [
     "CoEForTokenClassification",
     "CoEModel",
     "CoEPreTrainedModel",
+    "QuantizedExpertsConfig",
     "count_adapted",
     "downcycle",
     "lora_config",
+    "quantized_share",
     "register_with_vllm",
     "upcycle",
 ]

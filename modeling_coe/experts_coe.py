@@ -84,7 +84,7 @@ def coe_experts_forward(
     handed_on = None if torch.compiler.is_compiling() else _HANDED_ON.get()
     weights = (handed_on and handed_on.weights) or (self.gate_up_proj, self.down_proj)
     fallback = None
-    if is_packed(self.gate_up_proj) and not (self.has_bias or self.is_transposed):
+    if is_packed(weights[0]):
         return _slice_by_slice(self, hidden_states, top_k_index, top_k_weights)
     if torch.onnx.is_in_onnx_export():
         fallback = "batched_mm"
@@ -121,11 +121,22 @@ def is_packed(weight: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
 
 
+def no_slices(experts: nn.Module) -> str | None:
+    """What keeps these experts from being computed one at a time with packed weights, in words, or None."""
+    if not experts.has_gate:
+        return "no gate"
+    if experts.has_bias or vars(experts).get("has_post_expert_norm", False):
+        return "expert biases or norms"
+    return "transposed expert weights" if experts.is_transposed else None
+
+
 @torch.compiler.disable
 def _slice_by_slice(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """`F.linear` with the slices of the experts that were hit, all that packed weights are asked to know."""
+    if unsupported := no_slices(experts):
+        raise ValueError(f"Packed expert weights do not go with {unsupported}; use `experts_implementation='eager'`.")
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     ids, sizes = (values.tolist() for values in torch.unique_consecutive(expert, return_counts=True))
 

@@ -45,6 +45,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_coe import CoEConfig
 from .experts_coe import one_weight_gradient, router_linear
+from .quantization import QuantizedExpertsConfig
 
 
 logger = logging.get_logger(__name__)
@@ -787,4 +788,5 @@ __all__ = [
     "CoEForTokenClassification",
     "CoEModel",
     "CoEPreTrainedModel",
+    "QuantizedExpertsConfig",  # imported here, its file goes with every checkpoint and registers the quantiser
 ]

@@ -2,9 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of few bits reach the experts, in files, in memory and in every product, and say how many they are."""
 
+import logging
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build, tokens
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from modeling_coe import QuantizedExpertsConfig, quantization, quantized_share
+from modeling_coe.budget import count_parameters
+from modeling_coe.quantization import QuantizedWeight
 
 
 def visit(experts, num_tokens, seed=1):
@@ -47,3 +68,185 @@ def test_a_model_whose_experts_torchao_packed_generates(model):
     names = {f"re:.*experts.{name}": torchao.Int8WeightOnlyConfig() for name in ("gate_up_proj", "down_proj")}
     torchao.quantize_(model, torchao.FqnToConfig(names), filter_fn=None)
     assert model.generate(tokens(2, 5), max_new_tokens=3).shape == (2, 8)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS = {
+    "CoE": build,
+    "CoE with a shared expert": lambda **sizes: build(num_shared_experts=1, **sizes),
+    "Mixtral": lambda **sizes: other(MixtralConfig, MixtralForCausalLM, num_local_experts=5, **sizes),
+    "OLMoE": lambda **sizes: other(OlmoeConfig, OlmoeForCausalLM, num_experts=5, **sizes),
+    "Qwen3-MoE": lambda **sizes: other(
+        Qwen3MoeConfig, Qwen3MoeForCausalLM, num_experts=5, moe_intermediate_size=32, **sizes
+    ),
+}
+
+
+def other(config_class, model_class, **sizes):
+    torch.manual_seed(0)
+    sizes |= {"vocab_size": 99, "num_hidden_layers": 2, "num_experts_per_tok": 2, "initializer_range": 0.1}
+    return model_class(config_class(pad_token_id=0, eos_token_id=None, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A full-precision checkpoint of every model."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, build_model in MODELS.items():
+        build_model(**SIZES).save_pretrained(folder / name)
+    return folder
+
+
+def load(path, *config, **options):
+    """The model, quantised if a config's values are given."""
+    config = {"quantization_config": QuantizedExpertsConfig(*config)} if config else {}
+    return AutoModelForCausalLM.from_pretrained(path, **config, **options)
+
+
+def rounded(matrix, bits, group_size):
+    """The definition, value by value: the group's value of largest magnitude becomes -(2 ** (bits - 1))."""
+    result = torch.empty_like(matrix)
+    for row, values in enumerate(matrix.tolist()):
+        for start in range(0, len(values), group_size):
+            group = values[start : start + group_size]
+            scale = max(group, key=abs) / -(2 ** (bits - 1))
+            for column, value in enumerate(group, start):
+                result[row, column] = scale * min(round(value / scale), 2 ** (bits - 1) - 1)
+    return result
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 96), (4, 32), (4, 96)])
+def test_a_quantised_weight_is_the_nearest_one_of_its_bits(bits, group_size):
+    weight = torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0))
+    quantised = QuantizedWeight.quantize(weight, bits, group_size)
+    expected = torch.stack([rounded(matrix, bits, group_size) for matrix in weight])
+    assert difference(quantised.dequantize(), expected) <= 1e-6
+    assert torch.equal(quantised.unpack().dequantize(), quantised.dequantize())
+    assert quantised.packed == (bits == 4 and quantization._block_rows() > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("bits", "rows", "columns"), [(8, 7, 64), (8, 48, 24), (4, 48, 64), (4, 7, 96), (4, 200, 32)])
+def test_products_are_those_of_the_expanded_weight(bits, rows, columns, dtype):
+    """Whatever the kernels ask of a shape: blocks of 64 rows, 16 columns at once, three dtypes."""
+    weight = QuantizedWeight.quantize(torch.randn(3, rows, columns).to(dtype), bits, 32)
+    x = torch.randn(2, 5, columns).to(dtype)
+    exact = x.double() @ weight.dequantize()[1].double().t()
+    assert difference(F.linear(x, weight[1]), exact) <= {torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("config", [(8,), (4,), (4, 32, 8)])
+def test_experts_in_few_bits_compute_what_their_expanded_weights_compute(name, config, folder, tmp_path):
+    """And the saved integers, loaded again, the very same; as do those that the loaded model saves."""
+    model = load(folder / name, *config)
+    assert torch.isfinite(model.generate(tokens(2, 5), max_new_tokens=3)).all()
+    model.save_pretrained(tmp_path / "quantised")
+    logits = model(tokens(3, 7)).logits
+    loaded = load(tmp_path / "quantised")
+    assert torch.equal(loaded(tokens(3, 7)).logits, logits)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / copy / "model.safetensors").read_bytes() for copy in ("quantised", "again")]
+    assert files[0] == files[1] and len(files[0]) < (folder / name / "model.safetensors").stat().st_size / 1.8
+
+    expanded = loaded.dequantize()
+    expanded.set_experts_implementation("eager")
+    assert not any(isinstance(parameter, QuantizedWeight) for parameter in expanded.parameters())
+    assert difference(logits, expanded(tokens(3, 7)).logits) <= 1e-5
+    assert difference(logits, load(folder / name)(tokens(3, 7)).logits) <= (0.3 if config[0] == 4 else 0.02)
+
+
+def test_a_tied_embedding_is_quantised_and_saved_once(tmp_path):
+    model = build(tie_word_embeddings=True, **SIZES)
+    model.save_pretrained(tmp_path / "full")
+    load(tmp_path / "full", 4, 32, 8).save_pretrained(tmp_path / "quantised")
+    loaded = load(tmp_path / "quantised")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    names = load_file(tmp_path / "quantised" / "model.safetensors").keys()
+    assert "model.embed_tokens.weight_scale" in names and not any("lm_head" in name for name in names)
+    assert difference(loaded(tokens(2, 5)).logits, model(tokens(2, 5)).logits) <= 0.3
+
+
+def test_the_share_of_each_component_is_counted_from_the_tensors(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = load(folder / "CoE", 4, 32, 8)
+    counts = count_parameters(model.config)
+    expected = {
+        ("experts", 4): counts["experts"],
+        ("attention", 8): counts["attention"],
+        ("embeddings", 8): counts["embedding"],
+        ("head", 8): counts["lm_head"],
+        ("routers", 32): counts["router"],
+        ("other", 32): counts["norms"],
+    }
+    share = quantized_share(model)
+    assert share == pytest.approx({key: count / sum(counts.values()) for key, count in expected.items()})
+    assert f"experts {share['experts', 4]:.1%} in 4 bits" in caplog.text
+    assert quantized_share(load(folder / "CoE", dtype="bfloat16")).keys() == {(name, 16) for name, _ in expected}
+
+
+def test_loading_quantises_one_tensor_at_a_time(folder, monkeypatch):
+    """No more than one expert tensor in full precision is alive while another is rounded."""
+    alive, most = weakref.WeakSet(), []
+    original = quantization._Quantize.convert
+
+    def convert(self, input_dict, **kwargs):
+        (tensors,) = input_dict.values()
+        alive.add(tensors[0] if isinstance(tensors, list) else tensors)
+        most.append(len(alive))
+        return original(self, input_dict, **kwargs)
+
+    monkeypatch.setattr(quantization._Quantize, "convert", convert)
+    load(folder / "CoE", 4)
+    assert len(most) == 4 and max(most) == 1
+
+
+@pytest.mark.parametrize("model", ["CoE", "Mixtral"])
+def test_what_cannot_be_quantised_is_refused_by_name(model, folder, tmp_path):
+    for name, value in (("bits", 3), ("group_size", 128), ("rest_bits", 4)):
+        with pytest.raises(ValueError, match=f"`{name}={value}` must be one of"):
+            QuantizedExpertsConfig(**{name: value})
+    with pytest.raises(ValueError, match=r"`group_size=64` does not divide the width 32 of `.*experts.down_proj`"):
+        load(folder / model, 4, 64)
+    with pytest.raises(ValueError, match="not offloaded to disk"):
+        load(folder / model, 4, device_map={"": "disk"})
+    load(folder / model, 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantized with AlreadyQuantizedExperts but you are passing a Quantized"):
+        load(tmp_path, 8)
+    weight = load(tmp_path).model.layers[0].mlp.experts.down_proj
+    with pytest.raises(ValueError, match="already has 4 bits"):
+        QuantizedWeight.quantize(weight, 8, 32)
+    with pytest.raises(NotImplementedError, match=r"knows no `aten.mul.Tensor`; `model.dequantize\(\)`"):
+        weight * 2
+
+
+@pytest.mark.parametrize("fault", ["no scale", "no integers", "neither", "floats", "half of it"])
+def test_a_file_that_lacks_part_of_a_weight_is_refused_by_name(fault, folder, tmp_path):
+    load(folder / "CoE", 4).save_pretrained(tmp_path)
+    state, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.experts.down_proj"
+    if fault in ("no scale", "neither"):
+        del state[f"{name}_scale"]
+    if fault in ("no integers", "neither"):
+        del state[name]
+    if fault == "floats":
+        state[name] = state[name].float()
+    if fault == "half of it":
+        state[name] = state[name][:, ::2].contiguous()
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not hold \['{name}'\] as 4-bit integers with their `_scale`"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_the_quantiser_the_file_is_refused_and_not_read_as_floats(bits, folder, tmp_path, monkeypatch):
+    load(folder / "Mixtral", bits).save_pretrained(tmp_path)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, quantization.METHOD)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(tmp_path)
+
+
+def test_a_model_without_fused_experts_is_refused(tmp_path):
+    config = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no fused experts to quantise"):
+        load(tmp_path, 4)
