@@ -327,13 +327,11 @@ class ExpertsQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
-        state, seen = {}, set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, QuantizedWeight):
-                state[name] = tensor.detach()
-            elif id(tensor) not in seen:  # tied weights are one tensor
-                seen.add(id(tensor))
-                weight = tensor.detach().unpack()
+        state = {}
+        for name, tensor in model.state_dict().items():
+            state[name] = tensor
+            if isinstance(tensor, QuantizedWeight):
+                weight = tensor.unpack()
                 state[name], state[f"{name}_scale"] = weight.values.flatten(0, -2), weight.scale.flatten(0, -2)
         return state, {}
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build, tokens
 from safetensors.torch import load_file, save_file
+from test_checkpoint import run_without_the_package
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -250,3 +251,23 @@ def test_a_model_without_fused_experts_is_refused(tmp_path):
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **config)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no fused experts to quantise"):
         load(tmp_path, 4)
+
+
+def test_a_quantised_checkpoint_loads_as_remote_code(folder, tmp_path):
+    model = load(folder / "CoE", 4)
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save((tokens(2, 6), model(tokens(2, 6)).logits), tmp_path / "expected.pt")
+    result = run_without_the_package(
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+        input_ids, expected = torch.load("expected.pt")
+        model = AutoModelForCausalLM.from_pretrained("checkpoint", trust_remote_code=True)
+        weight = model.model.layers[0].mlp.experts.down_proj
+        assert "transformers_modules" in type(weight).__module__ and weight.bits == 4
+        torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=1e-5)
+        print("same logits")
+        """,
+        tmp_path,
+    )
+    assert result.stdout.strip().endswith("same logits"), result.stderr[-3000:]
