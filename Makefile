@@ -30,7 +30,7 @@ test: $(ENVIRONMENT)/.dev
 test-slow: $(ENVIRONMENT)/.dev
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-# The same tests on the oldest transformers that the package supports.
+# The same tests on the oldest torch and transformers that pyproject.toml allows.
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest
 
@@ -43,20 +43,22 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(ENVIRONMENT)
 
-# With torch's index only torch itself: it need not have every other pinned version.
-PIP := $(BIN)/python -m pip --quiet
-CPU_TORCH = $(PIP) --retries 1 --timeout 15 install --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch
+# $(call install,environment,constraints,extra). With torch's index only torch itself: it lacks other pinned versions.
+define install
+	$(if $(TORCH_INDEX),$(1)/bin/python -m pip --quiet --retries 1 --timeout 15 install --constraint $(2) --no-deps \
+	  --index-url $(TORCH_INDEX) torch || echo "No torch from there: pip's own index is asked.")
+	$(1)/bin/python -m pip --quiet install --constraint $(2) --editable ".[$(3)]"
+endef
 
 $(ENVIRONMENT)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(if $(TORCH_INDEX),$(CPU_TORCH) || echo "No torch from there: pip's own index is asked.")
-	$(PIP) install --constraint constraints.txt --editable ".[$*]"
+	$(call install,$(ENVIRONMENT),constraints.txt,$*)
 	touch $@
 
 $(OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(transformers|huggingface_hub|hf-xet)==' constraints.txt > $(OLDEST)/constraints.txt
-	echo 'transformers==5.16.0' >> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	grep -vE '^(torch|transformers|huggingface_hub|hf-xet)==' constraints.txt > $(OLDEST)/constraints.txt
+	printf '%s\n' torch==2.10.0 transformers==5.16.0 >> $(OLDEST)/constraints.txt
+	$(call install,$(OLDEST),$(OLDEST)/constraints.txt,dev)
 	touch $@
 
 clean:
