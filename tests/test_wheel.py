@@ -134,7 +134,7 @@ def test_installed_wheel_trains_the_demo_s_model_without_a_checkout(installed, t
     recipe = ["--config", "configuration/pretrain/smoke.yaml", *shorter.split(), "--disable_tqdm", "true"]
     run_outside(installed, tmp_path, "coe-pretrain", *recipe, "--max_new_tokens", "4", "--use_cpu", "true")
     facts = json.loads((tmp_path / "runs/smoke/facts.json").read_text())
-    assert facts["model"] == "configuration/models/coe_tiny.json" and facts["steps"] == 2
+    assert facts["model"] == "configuration/models/coe_demo.json" and facts["steps"] == 2
     question = ["--model", "runs/smoke", "--question", "Mia has 4 apples.", "--max_new_tokens", "2"]
     assert "Question: Mia has 4 apples." in run_outside(installed, tmp_path, "coe-generate", *question)
 

@@ -35,7 +35,7 @@ class Level:
 
 
 LEVELS = {
-    1: Level("+-", (1, 2), 10),
+    1: Level("+-", (1, 3), 9),  # one digit: nothing to carry, and no number of two tokens
     2: Level("+-*/", (1, 3), 20),
     3: Level("+-*/", (2, 4), 100),
     4: Level("+-*/", (3, 6), 1000),
