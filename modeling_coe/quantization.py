@@ -419,17 +419,19 @@ def quantized_share(model: nn.Module) -> dict[tuple[str, int], float]:
     """
     counts = Counter()
     for name, parameter in model.named_parameters():
-        number, tensor = parameter.numel(), parameter
-        if is_traceable_wrapper_subclass(parameter):
+        number, bits = parameter.numel(), 8 * parameter.element_size()
+        if isinstance(parameter, QuantizedWeight):
+            bits = parameter.bits
+        elif is_traceable_wrapper_subclass(parameter):
             inner = (vars(parameter).get(key) for key in parameter.__tensor_flatten__()[0])
-            tensor = max((tensor for tensor in inner if tensor is not None), key=lambda tensor: tensor.nbytes)
+            bits = round(8 * max(tensor.nbytes for tensor in inner if tensor is not None) / number)
         elif parameter.dtype == torch.uint8:
-            number *= 2
+            number, bits = 2 * number, 4
         parts = name.split(".")
         component = next((value for key, value in COMPONENTS.items() if key in parts), "other")
         if parts[-2].endswith("norm"):
             component = "other"
-        counts[component, round(8 * tensor.nbytes / number)] += number
+        counts[component, bits] += number
     total = sum(counts.values())
     return {key: count / total for key, count in counts.most_common()}
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from modeling_coe import CoEConfig, CoEForCausalLM
-from modeling_coe.budget import TrainingSetup, largest_micro_batch, training_memory
+from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
 from modeling_coe.train import arguments, finetune, plan, publish
 from modeling_coe.train.arguments import (
     DataArguments,
@@ -182,17 +182,19 @@ def test_lora_trains_and_resumes(checkpoint, tmp_path):
     assert curve(tmp_path) == pytest.approx(whole, abs=1e-5)
 
 
-def test_qlora_trains_and_says_what_is_really_in_4_bits(checkpoint, tmp_path, capsys):
-    pytest.importorskip("bitsandbytes")
+def test_qlora_trains_on_experts_in_4_bits_and_says_their_share(checkpoint, tmp_path, capsys):
+    wider = tmp_path / "wider"  # 4 bits want widths of whole groups of 32
+    shutil.copytree(checkpoint, wider)
+    torch.manual_seed(0)
+    model = CoEForCausalLM(CoEConfig(**AutoConfig.from_pretrained(checkpoint).to_dict() | {"intermediate_size": 192}))
+    model.save_pretrained(wider)
     recipe = {"config": ROOT / "configuration/finetune/lora.yaml", "learning_rate": 0.01, "load_in_4bit": "true"}
-    finetune.main(command(checkpoint, tmp_path, **recipe))
-    config = AutoConfig.from_pretrained(checkpoint)
-    # Query, key, value and output projections of every layer; the fused experts are no linear layers.
-    attention = config.num_hidden_layers * 4 * config.hidden_size**2
-    share = attention / CoEForCausalLM(config).num_parameters()
-    assert f"{share:.1%} of the weights are in 4 bits" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "facts.json").read_text())
+    finetune.main(command(wider, tmp_path / "run", **recipe))
+    share = count_parameters(model.config)["experts"] / model.num_parameters()
+    assert f"{share:.1%} of the weights are in 4 bits" in capsys.readouterr().out and share > 0.85
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"]
+    assert facts["trained_parameters"]["experts"] > 0
 
 
 def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(checkpoint, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 """Weights of few bits reach the experts, in files, in memory and in every product, and say how many they are."""
 
 import logging
+import re
 import weakref
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from modeling_coe import QuantizedExpertsConfig, quantization, quantized_share
+from modeling_coe import QuantizedExpertsConfig, lora_config, quantization, quantized_share
 from modeling_coe.budget import count_parameters
 from modeling_coe.quantization import QuantizedWeight
 
@@ -69,6 +70,7 @@ def test_a_model_whose_experts_torchao_packed_generates(model):
     names = {f"re:.*experts.{name}": torchao.Int8WeightOnlyConfig() for name in ("gate_up_proj", "down_proj")}
     torchao.quantize_(model, torchao.FqnToConfig(names), filter_fn=None)
     assert model.generate(tokens(2, 5), max_new_tokens=3).shape == (2, 8)
+    assert quantized_share(model)["experts", 8] > 0.5
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -271,3 +273,43 @@ def test_a_quantised_checkpoint_loads_as_remote_code(folder, tmp_path):
         tmp_path,
     )
     assert result.stdout.strip().endswith("same logits"), result.stderr[-3000:]
+
+
+def adapted(model, seed=5):
+    torch.manual_seed(seed)
+    model = pytest.importorskip("peft").get_peft_model(model, lora_config(model, r=5))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.03 * torch.randn(parameter.shape)
+    return model.train()
+
+
+@pytest.mark.parametrize("config", [(4,), (8, 32, 8)])
+def test_adapters_on_quantised_experts_learn_as_on_their_expanded_weights(config, folder):
+    """The same logits and gradients, with recomputation too, and no expert is expanded for the forward pass."""
+    quantised, plain = adapted(load(folder / "CoE", *config)), adapted(load(folder / "CoE", *config).dequantize())
+    ids, results = tokens(2, 9), []
+    for model in (quantised, plain, quantised):
+        if results:
+            quantised.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        results.append([output.logits.detach(), *(parameter.grad.clone() for parameter in trained)])
+    assert len(results[1]) == 1 + 2 * (4 * 2 + 2 * 2 + 1)  # logits; of two layers: attention, experts, router
+    for got in (results[0], results[2]):
+        assert max(difference(a, b) for a, b in zip(got, results[1], strict=True)) <= 1e-5
+
+
+def test_a_merge_into_few_bits_says_what_it_loses(folder, caplog):
+    model, kept = adapted(load(folder / "CoE", 4)).eval(), adapted(load(folder / "CoE", 4).dequantize()).eval()
+    exact = kept(tokens(2, 9)).logits
+    with caplog.at_level(logging.WARNING):
+        merged = model.merge_and_unload()
+    lost = [float(share) for share in re.findall(r"adds an error of (\d+)% of the update", caplog.text)]
+    assert len(lost) == 4 and all(0 < share < 100 for share in lost)
+    weight, full = (each.model.layers[0].mlp.experts.down_proj for each in (merged, kept.merge_and_unload()))
+    assert isinstance(weight, QuantizedWeight) and torch.equal(weight.dequantize(), weight.unpack().dequantize())
+    assert difference(weight.dequantize(), QuantizedWeight.quantize(full, 4, 32).dequantize()) <= 1e-6
+    assert 0.01 < difference(merged(tokens(2, 9)).logits, exact) < 0.5

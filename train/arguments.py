@@ -228,9 +228,7 @@ class LoraArguments:
     lora_alpha: int | None = field(default=None, metadata={"help": "Scales them by alpha / r. Default: 2 r."})
     lora_experts: bool = field(default=True, metadata={"help": "Adapt the experts, not attention alone."})
     lora_router: str = field(default="full", metadata={"help": "`full`, `lora` or `none`."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: 4-bit linear layers (bitsandbytes); fused experts stay as they are."}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the frozen experts in 4 bits."})
 
     def __post_init__(self):
         if self.load_in_4bit and not self.lora:

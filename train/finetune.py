@@ -11,22 +11,19 @@ with the validation loss before and after.
 """
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
     set_seed,
 )
 from transformers.distributed import DistributedConfig
 from trl import SFTTrainer
 
-import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from modeling_coe import QuantizedExpertsConfig, quantized_share
 from modeling_coe.adapters import count_adapted, lora_config
 from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
@@ -81,11 +78,10 @@ def load_model(
     layout: DistributedConfig | None = None,
     resumed: Path | None = None,
 ) -> PreTrainedModel:
-    """The checkpoint, its linear layers in 4 bits if asked for, sharded by a layout.
+    """The checkpoint, its experts in 4 bits if asked for, sharded by a layout.
 
     Raises:
         ValueError: a preset in place of a checkpoint, sequences longer than the context, or LoRA with a layout.
-        ImportError: 4 bits without bitsandbytes.
     """
     if Path(arguments.model).suffix == ".json":
         raise ValueError(f"`model={arguments.model}` is a preset without weights; name a checkpoint, or pretrain it.")
@@ -101,22 +97,13 @@ def load_model(
         )
     options = arguments.load_options()
     if lora.load_in_4bit:
-        if find_spec("bitsandbytes") is None:
-            raise ImportError("`load_in_4bit=true` needs bitsandbytes; `pip install bitsandbytes`, or leave it out.")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        options["quantization_config"] = QuantizedExpertsConfig(bits=4)
     source = arguments.model if layout is None or resumed is None else str(resumed)
     model = AutoModelForCausalLM.from_pretrained(source, distributed_config=layout, **options)
     if lora.load_in_4bit:
-        print(f"{quantised_share(model):.1%} of the weights are in 4 bits; fused experts and embeddings are not.")
+        share = sum(share for (_, bits), share in quantized_share(model).items() if bits == 4)
+        print(f"{share:.1%} of the weights are in 4 bits: those of the experts.")
     return model
-
-
-def quantised_share(model: PreTrainedModel) -> float:
-    """The share of the original weights that are really stored in 4 bits."""
-    packed = sum(2 * p.numel() for p in model.parameters() if p.dtype == torch.uint8)
-    return packed / (packed + sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8))
 
 
 def score(
