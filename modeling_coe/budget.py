@@ -260,7 +260,7 @@ def _saved_experts(config: CoEConfig, setup: TrainingSetup) -> int:
 
 
 def _experts_bytes(setup: TrainingSetup) -> int:
-    """Of one element inside the experts; the host's `grouped_mm` is no autocast operation, `coe` follows autocast."""
+    """Of one element inside the experts: autocast reaches `coe`, and not transformers' `grouped_mm`."""
     return setup.linear_bytes if setup.experts_implementation == "coe" else setup.stream_bytes
 
 

@@ -459,7 +459,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """Grouped matrix products want rows of whole 16 bytes; without them the host takes the eager experts."""
+        """Grouped matrix products want rows of whole 16 bytes; without them transformers takes the eager experts."""
         for name in ("hidden_size", "intermediate_size"):
             if (size := getattr(self.config, name)) % 8 != 0:
                 message = f"`experts_implementation='grouped_mm'` needs `{name}={size}` to be a multiple of 8."
@@ -468,7 +468,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         return super()._grouped_mm_can_dispatch()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Where nobody chooses and the host would take `grouped_mm`, the same products with less memory."""
+        """Where nobody chooses and transformers would take `grouped_mm`, the same products with less memory."""
         applicable_experts = super().get_correct_experts_implementation(requested_experts)
         return "coe" if requested_experts is None and applicable_experts == "grouped_mm" else applicable_experts
 
@@ -759,7 +759,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
 
 
 class CoETaskHead:
-    """Makes the base model known to AutoModel, through which the host's generic heads build it.
+    """Makes the base model known to AutoModel, through which transformers' generic heads build it.
 
     Where this file is a checkpoint's remote code, nothing else does.
     """

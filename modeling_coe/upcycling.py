@@ -562,7 +562,7 @@ class _ChainWeights(Mapping):
         self.is_rounded = bool(self.factors) and config.dtype != torch.float32
 
     def _settle_tying(self):
-        """Tied or not as the host would load it: by the config, unless the checkpoint holds two different matrices."""
+        """Tied as transformers would load it: by the config, unless the checkpoint holds two different matrices."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if self.config.tie_word_embeddings and head in self.original:
             self.original.setdefault(embedding, self.original[head])

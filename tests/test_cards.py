@@ -64,7 +64,7 @@ def test_changed_facts_change_the_card(facts):
 def test_results_stand_in_both_forms(facts):
     facts["data"] = {"name": "openai/gsm8k", "hub_id": "openai/gsm8k", "license": "mit"}
     facts["evaluation"] = [
-        {"split": "test", "metric": "loss", "name": "held-out loss", "value": 1.5, "count": None},
+        {"split": "test", "metric": "loss", "name": "validation loss", "value": 1.5, "count": None},
         {"split": "test", "metric": "exact_match", "name": "share solved", "value": 0.125, "count": 1319},
     ]
     card = render_card(facts, TEMPLATE)
@@ -116,9 +116,9 @@ def test_metadata_the_hub_would_not_take_is_refused(change, message):
 
 
 def test_results_that_are_no_numbers_are_refused():
-    result = EvalResult("text-generation", "data", "data", "loss", float("nan"), metric_name="held-out loss")
+    result = EvalResult("text-generation", "data", "data", "loss", float("nan"), metric_name="validation loss")
     metadata = ModelCardData(**GOOD, eval_results=[result], model_name="model").to_dict()
-    with pytest.raises(ValueError, match="held-out loss=nan"):
+    with pytest.raises(ValueError, match="validation loss=nan"):
         validate_metadata(metadata)
 
 

@@ -100,7 +100,7 @@ def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
     card = (whole_run / "hub" / "README.md").read_text()
     facts = json.loads((whole_run / "facts.json").read_text())
     assert facts["tokens"] > 0 and f"{facts['tokens']:,} tokens in 4 steps" in card
-    assert "held-out loss of the answers" in card and f"{facts['before']['validation_loss']:.4g} |" in card
+    assert "validation loss of the answers" in card and f"{facts['before']['validation_loss']:.4g} |" in card
     assert f"{facts['after']['validation_loss']:.4g} |" in card and "base_model: user/base" in card
 
 

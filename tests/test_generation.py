@@ -1,6 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""However the host decodes, the tokens are the argmax of the plain forward."""
+"""However transformers decodes, the tokens are the argmax of the plain forward."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers.generation import ContinuousBatchingConfig
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the host offloads from a GPU only")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads from a GPU only")
 
 
 @torch.no_grad()

@@ -301,7 +301,9 @@ def test_upcycled_run_names_its_source_without_pretending_that_the_hub_has_it(tm
     publish.main([str(run), "--repo", REPO, *NAMES])
     card = ModelCard.load(run / "hub" / "README.md")
     assert card.data.base_model is None
-    assert "a Mixtral that is not on the Hub: 31 steps, 5,678 tokens of openai/gsm8k, held-out loss 4.75." in card.text
+    assert (
+        "a Mixtral that is not on the Hub: 31 steps, 5,678 tokens of openai/gsm8k, validation loss 4.75." in card.text
+    )
     assert "so the chain started with the logits of its source" in card.text
     assert "before this training |  | 4.751 |" in card.text and "contributed is not known" in card.text
     for path in filter(Path.is_file, (run / "hub").rglob("*")):

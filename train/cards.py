@@ -135,7 +135,7 @@ def validate_metadata(metadata: dict):
 def benchmark_results(facts: dict) -> list[EvalResultEntry]:
     """The results on a benchmark of the Hub, for `.eval_results/*.yaml`; none if the data is not on the Hub.
 
-    A held-out loss is no result of a benchmark, so these are the shares of solved problems.
+    A benchmark counts solved problems; a validation loss does not belong there.
     """
     hub_id = facts["data"]["hub_id"]
     if hub_id is None:

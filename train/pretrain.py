@@ -121,7 +121,7 @@ def build_model(
     """A model with random weights from a preset, or the pretrained one of a checkpoint; sharded by a layout."""
     if draw_seed is not None and not is_preset(arguments.model):
         raise ValueError(
-            f"`draw_by_name=True` draws first weights, but `model={arguments.model}` has weights; drop it."
+            f"`draw_by_name=True` initialises the weights, but `model={arguments.model}` has weights; drop it."
         )
     config = AutoConfig.from_pretrained(find_configuration(arguments.model))
     if sequence_length > config.max_position_embeddings:
@@ -149,7 +149,7 @@ def draw_by_name(model, seed: int):
     """Draw the weights of every module anew, from the seed and the module's name.
 
     Models with the same modules then start with the same weights in them, whatever else they have: most of the
-    difference between two seeds is that of their first weights, and it falls out of a comparison paired by seed.
+    difference between two seeds is that of their initialisation, and it falls out of a comparison paired by seed.
     """
     for name, module in model.named_modules():
         torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-model", help="Hub id that the run started from, if it is on the Hub.")
     parser.add_argument("--control", type=Path, help="Run of the source, for the same steps, to compare a chain with.")
     parser.add_argument("--dataset-id", help="Hub id of the training data, where the run knows only a folder.")
-    parser.add_argument("--evaluated-split", default="validation", help="Name of the held-out split.")
+    parser.add_argument("--evaluated-split", default="validation", help="Name of the split that was evaluated.")
     parser.add_argument("--dataset-license", help="License of the training data; needed unless it was generated here.")
     parser.add_argument("--watts", type=float, help="Mean draw of the machine. Default: 15 a CPU thread, 700 a GPU.")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Of the sample in the card.")
@@ -74,7 +74,7 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     data = options.dataset_id or run["dataset"]
     # Fine-tuning on questions and answers scores the answers alone, and its record says so.
     is_pair = "lora" in record and "prompt" in record["data"]["columns"]
-    loss = "held-out loss of the answers, nats per token" if is_pair else "held-out loss, nats per token"
+    loss = "loss of the answers, nats per token" if is_pair else "loss, nats per token"
     evaluation = [("loss", loss, run["validation_loss"], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
@@ -137,7 +137,7 @@ def control_facts(run: dict, folder: Path) -> dict:
 
 
 def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
-    """The first held-out prompt, and what the card's snippet prints behind it."""
+    """The first validation prompt, and what the card's snippet prints behind it."""
     inputs = tokenizer(sample["prompt"], return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)

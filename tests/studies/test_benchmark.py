@@ -33,7 +33,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: None)
 
 
-def test_every_suite_runs_and_records_shape_machine_and_all_contestants(tiny, tmp_path):
+def test_every_suite_runs_and_records_shape_machine_and_all_variants(tiny, tmp_path):
     output = tmp_path / "results" / "benchmark.json"
     benchmark.main(["--repetitions", "2", "--output", str(output)])
     results = json.loads(output.read_text())
@@ -50,7 +50,7 @@ def test_every_suite_runs_and_records_shape_machine_and_all_contestants(tiny, tm
     assert json.loads(output.read_text())["block"] == before  # suites that did not run are kept
 
 
-def test_a_slower_contestant_is_printed_as_a_loss_and_a_faster_one_as_a_win(capsys):
+def test_a_slower_variant_is_printed_as_a_loss_and_a_faster_one_as_a_win(capsys):
     seconds = {benchmark.BASELINE: [1.0, 1.1, 0.9], "slow": [2.0, 2.2, 1.8], "fast": [0.5, 0.55, 0.45]}
     rows = benchmark.compare("title", seconds, tokens=100)
     assert (rows["slow"]["ratio"], rows["fast"]["ratio"]) == (0.5, 2.0)
@@ -59,15 +59,15 @@ def test_a_slower_contestant_is_printed_as_a_loss_and_a_faster_one_as_a_win(caps
     assert "wins" not in lines["mixtral"] and "LOSES" not in lines["mixtral"]
 
 
-def test_contestants_alternate_and_each_round_starts_with_another():
+def test_variants_alternate_and_each_round_starts_with_another():
     order = []
-    contestants = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = benchmark.alternate(contestants, {"device": "cpu"}, repetitions=3)
+    variants = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = benchmark.alternate(variants, {"device": "cpu"}, repetitions=3)
     assert order == list("abcbcacababc")
     assert all(len(values) == 3 for values in seconds.values())  # the first round is warm-up
 
 
-def test_contestants_have_equal_experts_and_visit_equally_many():
+def test_variants_have_equal_experts_and_visit_equally_many():
     models = {name: benchmark.build(name, TINY) for name in (*benchmark.MIXTRAL, *benchmark.CHAINS)}
     experts = {sum(p.numel() for n, p in m.named_parameters() if "experts" in n) for m in models.values()}
     visits = {getattr(m.config, "num_iterations", 1) * m.config.num_experts_per_tok for m in models.values()}

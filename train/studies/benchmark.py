@@ -1,15 +1,15 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""What a chain costs beside transformers' own Mixtral, in one process, contestant after contestant in every round.
+"""What a chain costs beside transformers' own Mixtral, in one process, variant after variant in every round.
 
     OMP_NUM_THREADS=1 python train/studies/benchmark.py --size cpu --output model_cards/studies/benchmark_cpu.json
     python train/studies/benchmark.py --size gpu --suites block train_step
 
-Every contestant has the same 64 experts per layer, and so the same total parameters, and visits 8 of them per token:
+Every variant has the same 64 experts per layer, and so the same total parameters, and visits 8 of them per token:
 MoE(8/64), CoE-2(4/64) or CoE-4(2/64). The naive loop is CoE-2(4/64) with a Python loop over the experts, as in the
 paper's code.
 
-A ratio is the baseline's cost over the contestant's in the same round: above 1 the contestant wins, below it loses.
+A ratio is the baseline's cost over the variant's in the same round: above 1 the variant wins, below it loses.
 The table gives the median over the rounds and the quartiles. On CPU the clock is the CPU time of this process, which
 other processes cannot take away; on GPU it is wall time between synchronisations.
 """
@@ -62,7 +62,7 @@ SIZES = {
 
 
 def build(name: str, size: dict, **overrides):
-    """The contestant's model in training mode, with the auxiliary loss on, all from one seed."""
+    """The variant's model in training mode, with the auxiliary loss on, all from one seed."""
     sizes = size["model"] | {"num_local_experts": 64, "router_aux_loss_coef": 0.001} | overrides
     torch.manual_seed(0)
     if name in MIXTRAL:
@@ -83,15 +83,15 @@ def now(size: dict) -> float:
     return time.perf_counter()
 
 
-def alternate(contestants: dict, size: dict, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round; each round starts with another one, the first is warm-up."""
-    names = list(contestants)
+def alternate(variants: dict, size: dict, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; each round starts with another one, the first is warm-up."""
+    names = list(variants)
     seconds = {name: [] for name in names}
     for repetition in range(repetitions + 1):
         shift = repetition % len(names)
         for name in names[shift:] + names[:shift]:
             start = now(size)
-            contestants[name]()
+            variants[name]()
             if repetition:
                 seconds[name].append(now(size) - start)
     return seconds
@@ -121,10 +121,10 @@ def block_suite(size: dict, repetitions: int) -> dict:
     if size["model"]["hidden_size"] != PAPER_BLOCK["hidden_size"]:
         shapes.append((PAPER_BLOCK, size["paper_block_tokens"], max(3, repetitions // 4), NO_LOOPS))
     for overrides, tokens, rounds, names in shapes:
-        contestants = {name: block_step(name, size, overrides, tokens) for name in names}
+        variants = {name: block_step(name, size, overrides, tokens) for name in names}
         hidden, width = ((size["model"] | overrides)[key] for key in ("hidden_size", "intermediate_size"))
         title = f"block, hidden {hidden}, expert width {width}, {tokens} tokens, forward + backward"
-        results[title] = compare(title, alternate(contestants, size, rounds), tokens)
+        results[title] = compare(title, alternate(variants, size, rounds), tokens)
     return results
 
 
@@ -158,13 +158,13 @@ def train_step(name: str, size: dict):
 def train_step_suite(size: dict, repetitions: int) -> dict:
     """A whole optimizer step with AdamW, and the operations that take most of it."""
     tokens = size["batch"] * size["sequence"]
-    contestants = {name: train_step(name, size) for name in (*MIXTRAL, *CHAINS)}
+    variants = {name: train_step(name, size) for name in (*MIXTRAL, *CHAINS)}
     title = f"train step, {size['batch']} x {size['sequence']} tokens, AdamW"
-    results = {title: compare(title, alternate(contestants, size, repetitions), tokens)}
+    results = {title: compare(title, alternate(variants, size, repetitions), tokens)}
     for name in (BASELINE, "CoE-1(8/64)", "CoE-2(4/64)"):
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (size["device"] == "cuda")
         with profile(activities=activities) as profiler:
-            contestants[name]()
+            variants[name]()
         key = "self_device_time_total" if size["device"] == "cuda" else "self_cpu_time_total"
         events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, key))
         total = sum(getattr(event, key) for event in events)
@@ -184,9 +184,9 @@ def decode_suite(size: dict, repetitions: int) -> dict:
 
         length = {"max_new_tokens": size["new_tokens"], "min_new_tokens": size["new_tokens"], "pad_token_id": 0}
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, **length}
-        contestants = {name: functools.partial(model.generate, prompt, **options) for name, model in models.items()}
+        variants = {name: functools.partial(model.generate, prompt, **options) for name, model in models.items()}
         title = f"decode, batch {batch}, {size['new_tokens']} new tokens"
-        results[title] = compare(title, alternate(contestants, size, repetitions), batch * size["new_tokens"])
+        results[title] = compare(title, alternate(variants, size, repetitions), batch * size["new_tokens"])
     return results
 
 
@@ -256,15 +256,15 @@ def print_bytes(title: str, rows: dict[str, int]) -> dict:
 def load_suite(size: dict, repetitions: int) -> dict:
     """`from_pretrained` of a local safetensors checkpoint; Mixtral's holds one tensor per expert, ours fused ones."""
     with tempfile.TemporaryDirectory() as folder:
-        contestants = {}
+        variants = {}
         for name in (BASELINE, "CoE-1(8/64)", "CoE-2(4/64)"):
             model = build(name, size)
             path = str(Path(folder) / name.replace("/", "_"))
             model.save_pretrained(path)
-            contestants[name] = functools.partial(type(model).from_pretrained, path)
+            variants[name] = functools.partial(type(model).from_pretrained, path)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         title = f"load, {parameters / 1e6:.1f} M parameters (the column tokens/s counts loads)"
-        return {title: compare(title, alternate(contestants, size, repetitions), 1)}
+        return {title: compare(title, alternate(variants, size, repetitions), 1)}
 
 
 SUITES = {

@@ -46,7 +46,7 @@ class HealingArguments:
     healing_learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate of every fine-tuning."})
     batch_size: int = field(default=4, metadata={"help": "Blocks a step."})
     sequence_length: int = field(default=256, metadata={"help": "Tokens a block."})
-    validation_documents: int = field(default=100, metadata={"help": "Held-out documents of test.jsonl."})
+    validation_documents: int = field(default=100, metadata={"help": "Validation documents, of test.jsonl."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One source for each."})
 
 
