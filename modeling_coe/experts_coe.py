@@ -64,9 +64,10 @@ def coe_experts_forward(
 
     What the autograd function cannot express runs through transformers' `grouped_mm`, with a warning: biases,
     transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, sharded weights, devices
-    other than CPU and CUDA. Packed weights, torchao's for instance, are used one expert at a time. While compiling or
-    exporting it is `grouped_mm` too: there the compiler decides what backward recomputes. ONNX cannot express that
-    one: exporting to it is `batched_mm`, which gathers the weights of every row, `12 * T * K * I * H` bytes in fp32.
+    other than CPU and CUDA. Packed weights, torchao's for instance, are used one expert at a time. While compiling,
+    exporting or under `torch.func` it is `grouped_mm` too: there the compiler decides what backward recomputes. ONNX
+    cannot express that one: exporting to it is `batched_mm`, which gathers the weights of every row,
+    `12 * T * K * I * H` bytes in fp32.
     Decoding, at most N rows without gradients, is transformers' `batched_mm` on accelerators and one matrix-vector
     product per row on CPU.
 
@@ -88,7 +89,7 @@ def coe_experts_forward(
         return _slice_by_slice(self, hidden_states, top_k_index, top_k_weights)
     if torch.onnx.is_in_onnx_export():
         fallback = "batched_mm"
-    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
         fallback = "batched_mm" if decodes and not on_cpu else "grouped_mm"
     elif unsupported := _unsupported(self, hidden_states, weights):
         logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
@@ -226,6 +227,8 @@ class _Experts(torch.autograd.Function):
         _refuse_create_graph("experts")
         if grad_output is None:
             return None, None, None, grad_gate_up_proj, grad_down_proj, None, None
+        if _is_transformed(grad_output):
+            return _Experts.batched_backward(ctx, grad_output, grad_gate_up_proj, grad_down_proj)
         hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj = ctx.saved_tensors
         needs_input, _, needs_router, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
         groups = ctx.groups
@@ -260,6 +263,36 @@ class _Experts(torch.autograd.Function):
             if needs_input:
                 grad_input = _sum_over_experts(groups.mm(grad_gate_up, gate_up_proj), order, top_k_weights.shape)
         return grad_input, None, grad_router, grad_gate_up_proj, grad_down_proj, None, None
+
+    @staticmethod
+    def batched_backward(ctx, grad_output, *totals):
+        """For many gradients at once (`is_grads_batched=True`, `vmap`): those of a loop that autograd can batch."""
+        hidden_states, _, top_k_weights, order, *weights = ctx.saved_tensors
+        dtype, ends = ctx.groups.dtype, ctx.groups.offsets.tolist()
+
+        def loop(inputs, routing, gate_up_proj, down_proj):
+            output = torch.zeros_like(inputs)
+            for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                token = order[start:end] // top_k_weights.shape[-1]
+                gate, up = F.linear(inputs[token].to(dtype), gate_up_proj[expert].to(dtype)).chunk(2, dim=-1)
+                activation = F.silu(gate) * up * routing.reshape(-1)[order[start:end], None]
+                rows = F.linear(activation.to(dtype), down_proj[expert].to(dtype))
+                output = output.index_add(0, token, rows.to(output.dtype))
+            return output
+
+        _, pullback = torch.func.vjp(loop, hidden_states, top_k_weights, *weights)
+        grad_input, grad_router, *grads = pullback(grad_output)
+        grads = [grad if total is None else total + grad for total, grad in zip(totals, grads, strict=True)]
+        return grad_input, None, grad_router, *grads, None, None
+
+
+def _is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether `torch.func` (`grad`, `vmap`, ...) or `is_grads_batched=True` is at work.
+
+    The names are private in torch 2.10 to 2.13, which has no public ones.
+    """
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return torch._C._are_functorch_transforms_active() or any(legacy(tensor) for tensor in tensors)
 
 
 class _Groups:
@@ -344,7 +377,8 @@ def _refuse_create_graph(name: str):
 
 def router_linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T` in fp32, `[T, H]`, `[N, H]` -> `[T, N]`; backward keeps no fp32 copy of either."""
-    if hidden_states.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling():
+    plain = hidden_states.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
+    if plain or _is_transformed():
         return F.linear(hidden_states.float(), weight.float())
     return _RouterLinear.apply(hidden_states, weight)
 

@@ -41,7 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_coe import CoEConfig
 from .experts_coe import one_weight_gradient, router_linear
@@ -142,7 +142,8 @@ class CoEPool:
         weights = self.weights_before[layer] if layer < len(self.weights_before) else ()
         with one_weight_gradient(weights) as handed_on:
             yield
-        if layer + 1 == len(self.weights_before):
+        # A compiled graph hands nothing on, and a checkpoint in it may not change what lies outside.
+        if handed_on.weights and layer + 1 == len(self.weights_before):
             self.weights_before.append(handed_on.weights)
 
 
@@ -163,8 +164,12 @@ class CoESparseMoeBlock(nn.Module):
         # CODEPATH: upcycled checkpoints learn a scale per iteration, models trained from scratch do not
         self.iteration_scale = nn.Parameter(torch.empty(config.num_iterations)) if config.iteration_scale else None
 
-    def forward(self, hidden_states: torch.Tensor, pool: CoEPool | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, pool: CoEPool | None = None, output_router_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`).
+
+        With `output_router_logits`, a tuple of that and the logits `[T, N]` of each iteration's router.
 
         Args:
             pool (`CoEPool`, *optional*): the pool that other layers visit too; without one, the layer's own experts.
@@ -172,24 +177,36 @@ class CoESparseMoeBlock(nn.Module):
         pool = CoEPool(self.experts) if pool is None else pool
         if pool.experts is None:
             raise ValueError("This layer visits the experts of an earlier one: call the model, or pass `pool`.")
+        router_logits = []
         # PEFT's wrapper would merge its adapter at every call. torch's cache belongs to the whole process: only there.
         merge_once = nullcontext() if isinstance(pool.experts, CoEExperts) else parametrize.cached()
         with merge_once, pool.visits_of_layer(self.layer_in_pool):
-            update = self.iterate(hidden_states, 0, pool.experts)
+            update = self.iterate(hidden_states, 0, pool.experts, router_logits)
             for iteration in range(1, self.num_iterations):
                 if self.has_chain_residual:
-                    update = update + self.iterate(hidden_states + update, iteration, pool.experts)
+                    update = update + self.iterate(hidden_states + update, iteration, pool.experts, router_logits)
                 else:
-                    update = self.iterate(update, iteration, pool.experts)
-        return update
+                    update = self.iterate(update, iteration, pool.experts, router_logits)
+        return (update, *router_logits) if output_router_logits else update
 
-    def iterate(self, hidden_states: torch.Tensor, iteration: int, experts: nn.Module) -> torch.Tensor:
-        """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert."""
+    def iterate(
+        self,
+        hidden_states: torch.Tensor,
+        iteration: int,
+        experts: nn.Module,
+        router_logits: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert.
+
+        The logits of router t are appended to `router_logits`.
+        """
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.gate(tokens, iteration)
+        logits, top_k_weights, top_k_index = self.gate(tokens, iteration)
+        if router_logits is not None:
+            router_logits.append(logits)
         output = experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)
@@ -219,24 +236,34 @@ class CoERMSNorm(nn.Module):
 class CoERotaryEmbedding(nn.Module):
     def __init__(self, config: CoEConfig):
         super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.config = config
-
         self.rope_type = config.rope_parameters["rope_type"]
+        self.inv_freq = nn.Buffer(torch.empty(0), persistent=False)
+        self.original_inv_freq = nn.Buffer(torch.empty(0), persistent=False)
+        self._compute_frequencies()
+
+    def _compute_frequencies(self):
         rope_init_fn: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
             rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
+        inv_freq, self.attention_scaling = rope_init_fn(self.config, self.inv_freq.device)
+        self.inv_freq = inv_freq
+        self.original_inv_freq = inv_freq.clone()
+        # Where a dynamic RoPE had grown to; it grows again with the next long sequence.
+        self.max_seq_len_cached = self.original_max_seq_len
 
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+    def _apply(self, fn, recurse=True):
+        """Moves the module. `.to(bfloat16)` would round the frequencies and `to_empty` lose them: computed anew."""
+        super()._apply(fn, recurse)
+        self._compute_frequencies()
+        return self
 
     @staticmethod
-    def compute_default_rope_parameters(config: CoEConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: CoEConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `theta^(-2i/d)`, `[head_dim / 2]`, and the attention factor 1 (arXiv 2104.09864)."""
         dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        exponent = torch.arange(0, dim, 2, dtype=torch.float) / dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 
     @torch.no_grad()
@@ -383,8 +410,9 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         pool: CoEPool | None = None,
+        output_router_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         attn_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -396,7 +424,10 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attn_output
         normed = self.post_attention_layernorm(hidden_states)
         residual = normed if self.replaces_residual else hidden_states
-        return residual + self.mlp(normed, pool)
+        if not output_router_logits:
+            return residual + self.mlp(normed, pool)
+        update, *router_logits = self.mlp(normed, pool, output_router_logits=True)
+        return residual + update, *router_logits
 
 
 @auto_docstring
@@ -413,7 +444,6 @@ class CoEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "router_logits": OutputRecorder(CoETopKRouter, index=0),
         "hidden_states": CoEDecoderLayer,
         "attentions": CoEAttention,
     }
@@ -449,14 +479,14 @@ class CoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CoESparseMoeBlock) and module.iteration_scale is not None:
             init.ones_(module.iteration_scale)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant") and self.config.router_aux_loss_coef > 0:
-            raise ValueError(
-                "Gradient checkpointing with `use_reentrant=True` drops the gradient of the load-balancing loss. Pass "
-                "`gradient_checkpointing_kwargs={'use_reentrant': False}`, or set `router_aux_loss_coef=0`."
+    def _warn_of_unbalanced_routers(self, where: str):
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and self.config.router_aux_loss_coef > 0:
+            logger.warning_once(
+                f"CoE: {where} has no load-balancing loss, whatever `router_aux_loss_coef="
+                f"{self.config.router_aux_loss_coef}` says. To balance the routers, pass `labels` to the causal "
+                "language model, or add the `aux_loss` that it returns with `output_router_logits=True`."
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def _grouped_mm_can_dispatch(self) -> bool:
         """Grouped matrix products want rows of whole 16 bytes; without them transformers takes the eager experts."""
@@ -493,6 +523,12 @@ class CoEModel(CoEPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
+    def __call__(self, *args, **kwargs):
+        # transformers would switch the cache off with a warning, at which `torch.compile` breaks the graph.
+        if self.gradient_checkpointing and self.training and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
+        return super().__call__(*args, **kwargs)
+
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -504,17 +540,24 @@ class CoEModel(CoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
+        r"""
+        output_router_logits (`bool`, *optional*):
+            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         if inputs_embeds is None:
-            self._check_input_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self._embed(input_ids)
 
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -535,11 +578,13 @@ class CoEModel(CoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         pool = None
+        # Returned by the layers, not captured by hooks: those break a compiled graph and a reentrant checkpoint.
+        router_logits = ()
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             # CODEPATH: a layer with a pool of its own finds it in itself
             if self.config.layers_per_pool > 1 and layer_idx % self.config.layers_per_pool == 0:
                 pool = CoEPool(decoder_layer.mlp.experts)
-            hidden_states = decoder_layer(
+            output = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -547,24 +592,34 @@ class CoEModel(CoEPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 pool=pool,
+                output_router_logits=output_router_logits,
                 **kwargs,
             )
+            hidden_states, *logits = output if output_router_logits else (output,)
+            router_logits += tuple(logits)
 
         hidden_states = self.norm(hidden_states)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            router_logits=router_logits if output_router_logits else None,
+        )
 
-    def _check_input_ids(self, input_ids: torch.LongTensor):
-        """A readable error where the lookup would raise an IndexError; on an accelerator the check would be a sync."""
+    def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """The embedded tokens, or a readable error where the lookup on CPU raises an IndexError."""
         if input_ids.numel() == 0:
             raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} holds no token; pass at least one.")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            size = self.embed_tokens.num_embeddings
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"`input_ids` holds token id {low if low < 0 else high}, outside the embedding of {size} tokens. "
-                    "Use the model's own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`."
-                )
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            size = self.config.vocab_size
+            outside = input_ids[(input_ids < 0) | (input_ids >= size)].tolist()
+            if not outside:
+                raise
+            raise ValueError(
+                f"`input_ids` holds token id {outside[0]}, outside the embedding of {size} tokens. Use the model's "
+                "own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`."
+            ) from error
 
 
 def load_balancing_loss_func(
@@ -670,6 +725,8 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         trains_router = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+        if labels is None and past_key_values is None and not output_router_logits:
+            self._warn_of_unbalanced_routers("a forward pass without `labels`")
 
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -692,30 +749,50 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
 
-        # Decoding has neither labels nor training without a cache, and pays nothing.
         aux_loss = None
-        is_decoding = labels is None and (past_key_values is not None or not self.training)
+        is_decoding = labels is None and past_key_values is not None
         if outputs.router_logits is not None and not is_decoding:
-            padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            mask = self._routed_tokens(input_ids, attention_mask, position_ids, labels)
             # CODEPATH: pools of one layer are balanced together, as Mixtral's are; shared ones each by itself
             shares_pools = self.config.layers_per_pool > 1
             visits = self.config.layers_per_pool * self.config.num_iterations if shares_pools else None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.num_experts, self.num_experts_per_tok, padding_mask, visits
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask, visits
             )
             if labels is not None:
-                share = self._share_of_batch(labels, **kwargs)
+                share = self._share_of_batch(labels, loss.device, **kwargs)
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
 
-        return MoeCausalLMOutputWithPast(
+        output = MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=aux_loss if output_router_logits else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+        # An attribute only, unless router logits were asked for: `output[1]` is Mixtral's, the logits.
+        output.aux_loss = aux_loss
+        return output
+
+    def _routed_tokens(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        labels: torch.LongTensor | None,
+    ) -> torch.Tensor | None:
+        """`[B, S]`, 0 where a token is padding and does not count for the balancing loss; None if there is none.
+
+        Packed rows have positions in place of a mask: their padding is a row's last padding tokens without a target.
+        """
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            return attention_mask
+        if position_ids is None or labels is None or input_ids is None or self.config.pad_token_id is None:
+            return None
+        padding = (input_ids == self.config.pad_token_id) & (labels.to(input_ids.device) == -100)
+        return 1 - padding.long().flip(-1).cumprod(-1).flip(-1)
 
     def _loss_without_logits(
         self,
@@ -733,6 +810,8 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         targets = targets.reshape(-1).to(hidden_states.device)
         if num_items_in_batch is None:
             num_items_in_batch = targets.ne(-100).sum()
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(hidden_states.device)
 
         def summed_loss(states, chunk_targets):
             return F.cross_entropy(self.lm_head(states).float(), chunk_targets, reduction="sum")
@@ -743,6 +822,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
     @staticmethod
     def _share_of_batch(
         labels: torch.LongTensor,
+        device: torch.device,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.LongTensor | None = None,
         **kwargs,
@@ -755,7 +835,9 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         if num_items_in_batch is None:
             return 1.0
         targets = labels[..., 1:] if shift_labels is None else shift_labels
-        return targets.ne(-100).sum() / num_items_in_batch
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(device)
+        return targets.ne(-100).sum().to(device) / num_items_in_batch
 
 
 class CoETaskHead:
@@ -767,6 +849,11 @@ class CoETaskHead:
     def __init__(self, config):
         AutoModel.register(type(config), CoEModel, exist_ok=True)
         super().__init__(config)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._warn_of_unbalanced_routers(type(self).__name__)
+        return self
 
 
 class CoEForSequenceClassification(CoETaskHead, GenericForSequenceClassification, CoEPreTrainedModel):

@@ -121,9 +121,9 @@ def _keep_input(chain: list[torch.Tensor], gate: CoETopKRouter, inputs: tuple):
     chain.append(inputs[0])
 
 
-def _keep_last(chain: list[torch.Tensor], block: CoESparseMoeBlock, inputs: tuple, output: torch.Tensor):
-    """x_C, from what the block returns."""
-    output = output.flatten(0, 1)
+def _keep_last(chain: list[torch.Tensor], block: CoESparseMoeBlock, inputs: tuple, output: tuple[torch.Tensor, ...]):
+    """x_C, from what the block returns before the router logits."""
+    output = output[0].flatten(0, 1)
     chain.append(chain[0] + output if block.has_chain_residual else output)
 
 

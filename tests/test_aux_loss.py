@@ -6,6 +6,7 @@ import copy
 import socket
 
 import naive_coe
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, build, tokens, whitespace_tokenizer
@@ -14,7 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as mixtral_load_balancing_loss
 
-from modeling_coe import CoEForCausalLM
+from modeling_coe import (
+    CoEForCausalLM,
+    CoEForQuestionAnswering,
+    CoEForSequenceClassification,
+    CoEForTokenClassification,
+    modeling_coe,
+)
 from modeling_coe.modeling_coe import load_balancing_loss_func
 
 
@@ -148,6 +155,87 @@ def test_is_never_computed_while_decoding():
         )
         assert step.aux_loss is None
     assert model.eval().generate(input_ids, attention_mask=mask, max_new_tokens=3).shape == (2, 8)
+
+
+def test_evaluation_returns_it_where_mixtral_does():
+    model = build(output_router_logits=True, use_cache=False)
+    input_ids = tokens(2, 7)
+    outputs = model(input_ids)
+    expected = mixtral_load_balancing_loss(outputs.router_logits, 7, 2)
+    torch.testing.assert_close(outputs.aux_loss, expected)
+    assert outputs[0] is outputs.aux_loss
+    assert model(input_ids, use_cache=True).aux_loss is not None
+    assert model(input_ids, output_router_logits=False).aux_loss is None
+
+
+@pytest.mark.parametrize("style", ["positions of their own", "all at position 0"])
+def test_padding_of_packed_rows_does_not_count(style):
+    """`collate` of this project gives padding positions of its own, TRL's collator gives all of it position 0."""
+    model = build().train()
+    documents = tokens(1, 9)
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    expected = model(documents, position_ids=positions, labels=documents, use_cache=False).aux_loss
+    documents[0, 3] = 0  # a padding token with a target is text: some tokenizers pad with their end of text
+    documents[0, 4] = 0
+    labels = documents.clone()
+    labels[0, 4] = -100  # and so is one without, inside a row
+    inside = model(documents, position_ids=positions, labels=labels, use_cache=False).aux_loss
+    padded = torch.cat([documents, torch.zeros(1, 6, dtype=torch.long)], 1)
+    rest = torch.arange(6)[None] if style == "positions of their own" else torch.zeros(1, 6, dtype=torch.long)
+    outputs = model(
+        padded, position_ids=torch.cat([positions, rest], 1), use_cache=False,
+        labels=torch.cat([labels, torch.full((1, 6), -100)], 1),
+    )  # fmt: skip
+    torch.testing.assert_close(outputs.aux_loss, inside)
+    assert (inside - expected).abs() > 1e-3
+
+
+def warnings_of(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_coe.logger, "warning_once", warnings.append)
+    return warnings
+
+
+def test_training_without_it_says_so(monkeypatch):
+    warnings = warnings_of(monkeypatch)
+    model, input_ids = build(), tokens(2, 7)
+    model(input_ids)
+    model.train()
+    with torch.no_grad():
+        model(input_ids)
+    model(input_ids, labels=input_ids)
+    model(input_ids, output_router_logits=True)
+    build(router_aux_loss_coef=0.0).train()(input_ids)
+    build(CoEForSequenceClassification).eval()
+    build(CoEForSequenceClassification, router_aux_loss_coef=0.0).train()
+    assert warnings == []
+    model(input_ids)
+    assert len(warnings) == 1 and "without `labels` has no load-balancing loss" in warnings[0]
+    for head in (CoEForSequenceClassification, CoEForTokenClassification, CoEForQuestionAnswering):
+        build(head).train()
+        assert f"{head.__name__} has no load-balancing loss" in warnings[-1]
+
+
+def test_label_smoothing_trains_without_it_and_says_so(tmp_path, monkeypatch):
+    warnings = warnings_of(monkeypatch)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(2, 9)]
+    arguments = TrainingArguments(
+        tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, max_steps=1, disable_tqdm=True
+    )
+    Trainer(build(), arguments, train_dataset=rows).train()
+    assert warnings
+
+
+def test_evaluating_with_metrics_keeps_the_logits_and_no_router_logits(tmp_path):
+    seen = []
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 9)]
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(
+        build(output_router_logits=True), arguments, eval_dataset=rows,
+        compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+    )  # fmt: skip
+    trainer.evaluate()
+    assert isinstance(seen[0], np.ndarray) and seen[0].shape == (4, 9, SMALL["vocab_size"])
 
 
 def accumulate(model, rows, micro_batch):

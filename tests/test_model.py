@@ -10,6 +10,10 @@ import torch
 import transformers
 from conftest import SMALL, build, tokens
 from packaging import version
+from torch._dynamo.backends.registry import lookup_backend
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,6 +26,7 @@ from modeling_coe import (
     CoEForTokenClassification,
     CoEModel,
     configuration_coe,
+    modeling_coe,
 )
 
 
@@ -363,13 +368,175 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_loss():
     assert largest_difference(checkpointed, expected) <= 1e-6
 
 
-def test_reentrant_checkpointing_with_a_trained_router_is_refused():
-    model = build().train()
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    build(router_aux_loss_coef=0.0).gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": True}
-    )
+@pytest.mark.parametrize("model_class", [CoEForCausalLM, CoEModel, CoEForSequenceClassification])
+def test_reentrant_checkpointing_changes_no_gradient_either(model_class):
+    model = build(model_class, initializer_range=0.05, router_aux_loss_coef=0.5).train()
+    input_ids, grads = tokens(2, 9), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.zero_grad()
+        if model_class is CoEModel:
+            loss = model(input_ids).last_hidden_state.square().mean()
+        else:
+            labels = input_ids if model_class is CoEForCausalLM else torch.tensor([0, 1])
+            loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert largest_difference(*grads) <= 1e-6
+
+
+@pytest.mark.skipif(
+    "grouped_mm_fallback_backward" not in dir(torch.ops.transformers),
+    reason="this transformers cannot compile the backward pass of its fp32 grouped product, for any model",
+)
+@pytest.mark.parametrize(
+    "model_class, checkpointing, layers",
+    [(CoEForCausalLM, False, 1), (CoEForCausalLM, True, 2), (CoEForTokenClassification, True, 1)],
+)
+def test_a_model_that_never_ran_trains_in_one_graph(model_class, checkpointing, layers):
+    input_ids, graphs = tokens(2, 8), []
+
+    def aot_eager(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def train(model, function):
+        function(input_ids, labels=input_ids % 2).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    options = {"num_hidden_layers": layers, "layers_per_pool": layers, "num_iterations": 2, "initializer_range": 0.05}
+    fresh, twin = (build(model_class, classifier_dropout=0.0, **options).train() for _ in range(2))
+    if checkpointing:
+        fresh.gradient_checkpointing_enable()
+    torch.compiler.reset()
+    got = train(fresh, torch.compile(fresh, fullgraph=True, backend=aot_eager))
+    assert len(graphs) == 1
+    assert largest_difference(got, train(twin, twin)) <= 1e-6
+
+
+def test_functional_transforms_give_the_gradients_of_plain_loops(model):
+    rows = tokens(3, 7)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row[None],), {"labels": row[None], "use_cache": False}).loss
+
+    def plain(row):
+        return torch.autograd.grad(model(row[None], labels=row[None]).loss, list(model.parameters()))
+
+    expected = [torch.stack(gradients) for gradients in zip(*map(plain, rows), strict=True)]
+    assert largest_difference(grad(loss)(parameters, rows[0]).values(), [g[0] for g in expected]) <= 1e-6
+    assert largest_difference(vmap(grad(loss), (None, 0))(parameters, rows).values(), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_gradients_are_those_of_a_loop(model, dtype):
+    outputs, weights = model.to(dtype)(tokens(2, 7)).logits.flatten()[:3], list(model.parameters())
+    directions = torch.eye(3, dtype=dtype)
+
+    def gradient(direction):
+        return torch.autograd.grad(outputs, weights, direction, retain_graph=True)
+
+    expected = [torch.stack(gradients) for gradients in zip(*map(gradient, directions), strict=True)]
+    batched = torch.autograd.grad(outputs, weights, directions, is_grads_batched=True, retain_graph=True)
+    for got in (batched, vmap(gradient)(directions)):
+        scale = max(g.abs().max() for g in expected)
+        assert largest_difference(got, expected) <= (1e-6 if dtype == torch.float32 else 2e-2) * scale
+
+
+class EmbeddingInDisguise(torch.nn.Module):
+    """An adapter around the embedding: no attribute of it is known, and it has one token more."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.inner, self.extra = embedding, torch.nn.Parameter(torch.randn(embedding.embedding_dim))
+
+    def forward(self, input_ids):
+        known = self.inner(input_ids.clamp(max=SMALL["vocab_size"] - 1))
+        return torch.where(input_ids[..., None] < SMALL["vocab_size"], known, self.extra)
+
+
+def test_any_module_may_stand_for_the_embedding(model):
+    input_ids = tokens(2, 7)
+    expected = model(input_ids).logits
+    model.model.embed_tokens = EmbeddingInDisguise(model.model.embed_tokens)
+    assert torch.equal(model(input_ids).logits, expected)
+    input_ids[0, 0] = SMALL["vocab_size"]
+    model.train()(input_ids, labels=input_ids.masked_fill(input_ids == SMALL["vocab_size"], -100)).loss.backward()
+    assert model.model.embed_tokens.extra.grad.any()
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_no_cast_and_no_empty_memory_spoils_the_rotation(rope):
+    config = build(CoEModel, rope_parameters=ROPES[rope], head_dim=8).config
+    positions = torch.arange(300)[None]
+    cosine, sine = modeling_coe.CoERotaryEmbedding(config)(torch.zeros(1), positions)
+    with torch.device("meta"):
+        empty = modeling_coe.CoERotaryEmbedding(config)
+    moved = {
+        "bf16": modeling_coe.CoERotaryEmbedding(config).to(torch.bfloat16),
+        "half": modeling_coe.CoERotaryEmbedding(config).half(),
+        "grown, then cast": modeling_coe.CoERotaryEmbedding(config),
+        "meta": empty.to_empty(device="cpu"),
+    }
+    moved["grown, then cast"](torch.zeros(1), positions)
+    moved["grown, then cast"].bfloat16()
+    for name, rotary in moved.items():
+        for short in (positions[:, :9], positions):
+            modeling_coe.CoERotaryEmbedding(config)(torch.zeros(1), short)
+            rotary(torch.zeros(1), short)
+        got = rotary(torch.zeros(1), positions)
+        assert torch.equal(got[0], cosine) and torch.equal(got[1], sine), name
+
+
+def test_the_second_output_of_training_is_the_logits_unless_router_logits_were_asked_for():
+    model, input_ids = build().train(), tokens(2, 9)
+    outputs = model(input_ids, labels=input_ids)
+    assert outputs[1] is outputs.logits and outputs.aux_loss > 1
+    asked = model(input_ids, labels=input_ids, output_router_logits=True)
+    assert asked[1] is asked.aux_loss
+    assert torch.equal(model(input_ids, labels=input_ids, return_dict=False)[1], outputs.logits)
+
+
+def test_a_block_mask_is_no_padding_mask():
+    def causal(module, query, key, value, attention_mask, **kwargs):
+        assert isinstance(attention_mask, BlockMask)
+        return sdpa_attention_forward(module, query, key, value, None, **(kwargs | {"is_causal": True}))
+
+    AttentionInterface.register("block", causal)
+    model, input_ids = build().train(), tokens(1, 8)
+    expected = model(input_ids, labels=input_ids)
+    model.set_attn_implementation("block")
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, None, 8, 8, device="cpu", BLOCK_SIZE=8)
+    outputs = model(input_ids, attention_mask=mask, labels=input_ids, use_cache=False)
+    torch.testing.assert_close(outputs.loss, expected.loss)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("num_items", [None, 7, "tensor"])
+def test_the_loss_is_where_the_model_is_not_where_the_labels_are(num_items, skip_logits):
+    """Two devices without a GPU: fake tensors check them; a model of `device_map="auto"` ends on another device."""
+    model = build(router_aux_loss_coef=0.1, num_hidden_layers=1).train()
+    model.set_experts_implementation("batched_mm")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        labels = torch.zeros(2, 9, dtype=torch.long, device="meta")
+        count = torch.tensor(7, device="meta") if num_items == "tensor" else num_items
+        loss = model(
+            inputs_embeds=torch.zeros(2, 9, 48), labels=labels, skip_logits=skip_logits, num_items_in_batch=count
+        ).loss
+        assert loss.device == torch.device("cpu")
 
 
 @torch.no_grad()
