@@ -227,7 +227,7 @@ def test_ctrl_c_ends_with_one_line_that_names_the_checkpoint_to_continue_from(pr
     monkeypatch.setattr(pretrain.Trainer, "training_step", interrupted)
     for due, place in ((3, "the start, there is no checkpoint yet"), (6, tmp_path / "checkpoint-4")):
         with pytest.raises(SystemExit) as end:
-            pretrain.main(options(preset, tmp_path))
+            pretrain.main(options(preset, tmp_path, disable_tqdm=False))
         assert end.value.code == 130
         *_, line = capsys.readouterr().err.strip().splitlines()
         assert line == f"Interrupted at step {due}. The same command continues from {place}."

@@ -62,6 +62,8 @@ class AtomicCheckpoints:
         try:
             yield
         except KeyboardInterrupt:
+            if self.is_in_train:
+                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bar
             if self.is_world_process_zero():
                 start = newest_checkpoint(Path(self.args.output_dir)) or "the start, there is no checkpoint yet"
                 step = self.state.global_step

@@ -54,6 +54,10 @@ class Progress(ProgressCallback):
             solved = f", solved {logs['eval_solved']:.1%}" if "eval_solved" in logs else ""
             self.training_bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{solved}")
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:  # not even begun: interrupted while loading a checkpoint
+            super().on_train_end(args, state, control, **kwargs)
+
 
 def show_progress(trainer: Trainer):
     """Put `Progress` in the place of Trainer's own bar, unless bars are off."""
