@@ -458,6 +458,22 @@ class CoEPreTrainedModel(PreTrainedModel):
                 "Nothing was loaded: download or save the checkpoint again."
             ) from error
 
+    def _resolve_parallel_plans(self, distributed_config):
+        """transformers' plans, in which FSDP2 gathers a shared pool when it is visited, not with its first layer."""
+        shares_pools = self.config.layers_per_pool > 1
+        if shares_pools and distributed_config.pp_size > 1:
+            raise ValueError(
+                f"`pp_size={distributed_config.pp_size}` puts layers on different ranks, and with "
+                f"`layers_per_pool={self.config.layers_per_pool}` they share experts. Use `fsdp_size`, `tp_size` or "
+                "`ep_size`."
+            )
+        tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
+        if shares_pools and fsdp_plan:
+            # Expert parallelism shards the experts itself.
+            pools = (name for name, module in self.named_modules() if isinstance(module, CoEExperts))
+            fsdp_plan = dict.fromkeys((name for name in pools if name not in ep_plan), "free_full_weight") | fsdp_plan
+        return tp_plan, ep_plan, fsdp_plan
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         # FSDP2 derives `FSDPCoEForCausalLM` in a file of torch's; a checkpoint names and holds the class it came from.
         current = self.__class__
@@ -519,6 +535,9 @@ class CoEModel(CoEPreTrainedModel):
         self.norm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = CoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        if config.layers_per_pool > 1:
+            # Accelerate's FSDP2 gathers each of these classes by itself.
+            self._no_split_modules = [*self._no_split_modules, "CoEExperts"]
 
         # Initialize weights and apply final processing
         self.post_init()

@@ -36,6 +36,7 @@ CHAINS = {
     "shared expert, norms per head": {"num_shared_experts": 2, "qk_norm": "head", "iteration_scale": True},
     "norms over all heads, biases, tied": {"qk_norm": "full", "attention_bias": True, "tie_word_embeddings": True},
     "a rank without tokens for its experts": {"num_experts_per_tok": 1},
+    "layers that share a pool": {"num_hidden_layers": 4, "layers_per_pool": 2, "num_iterations": 2},
 }
 LAYOUTS = {
     "DDP": {},
@@ -47,7 +48,10 @@ LAYOUTS = {
 SHARDED = [layout for layout in LAYOUTS if layout != "DDP"]
 MOVED = "shared expert, norms per head"
 # No dimension that FSDP2 pads to a multiple of the ranks.
-EVEN = {"vocab_size": 96, "num_iterations": 2, "tie_word_embeddings": True}
+EVEN = {
+    "even": {"vocab_size": 96, "num_iterations": 2, "tie_word_embeddings": True},
+    "even pools": {"vocab_size": 96, "num_iterations": 2, "num_hidden_layers": 4, "layers_per_pool": 2},
+}
 SETUP = TrainingSetup(batch_size=2, sequence_length=33)
 
 
@@ -108,10 +112,10 @@ def move(rank, folder, layout, options):
     return {name: full(p).detach().clone() for name, p in model.named_parameters()}
 
 
-def count(rank, folder, options):
+def count(rank, folder, model, options):
     """Calls and bytes of one micro-batch and bytes of weights held, summed over the ranks."""
-    model = load(folder / "even", options).train()
-    rows = tokens(SETUP.batch_size, SETUP.sequence_length, seed=rank).clamp(max=EVEN["vocab_size"] - 1)
+    model = load(folder / model, options).train()
+    rows = tokens(SETUP.batch_size, SETUP.sequence_length, seed=rank).clamp(max=model.config.vocab_size - 1)
     # The first backward pass is different: FSDP2 does not know its order yet.
     model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
     with CommunicationCounter(rank, 2) as counter:
@@ -135,7 +139,8 @@ def on_rank(rank, port, folder):
         if layout in SHARDED:
             tasks["moved", layout] = lambda layout=layout, options=options: move(rank, folder, layout, options)
         if options.get("fsdp_size"):
-            tasks["counted", layout] = lambda options=options: count(rank, folder, options)
+            for name in EVEN:
+                tasks["counted", name, layout] = lambda name=name, options=options: count(rank, folder, name, options)
     results = {}
     for name, task in tasks.items():
         try:
@@ -150,7 +155,8 @@ def on_rank(rank, port, folder):
 def run_on_two_ranks(folder):
     for chain, options in CHAINS.items():
         build(**SIZES | options).save_pretrained(folder / chain)
-    build(**SIZES | EVEN).save_pretrained(folder / "even")
+    for name, options in EVEN.items():
+        build(**SIZES | options).save_pretrained(folder / name)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -208,10 +214,11 @@ def test_a_checkpoint_moves_from_one_rank_to_two_and_back(results, layout):
         assert (parameter - expected.get_parameter(name)).abs().max() <= 1e-5, name
 
 
+@pytest.mark.parametrize("model", EVEN)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "FSDP2" in layout])
-def test_ranks_send_the_predicted_bytes(results, layout):
-    calls, sent, own, held = outcome(results, "counted", layout)
-    config = build(**SIZES | EVEN).config
+def test_ranks_send_the_predicted_bytes(results, layout, model):
+    calls, sent, own, held = outcome(results, "counted", model, layout)
+    config = build(**SIZES | EVEN[model]).config
     predicted = traffic(config, SETUP, Layout(**LAYOUTS[layout]))
     assert held["weights"] / 2 == rank_memory(config, SETUP, Layout(**LAYOUTS[layout]))["weights"]
     for kind in ("expert_counts", "gather", "reduce"):
@@ -247,9 +254,9 @@ def write_counts(path):
     """What two ranks sent beside what was predicted, `PYTHONPATH=train python tests/test_distributed.py path.json`."""
     with tempfile.TemporaryDirectory() as folder:
         results = run_on_two_ranks(Path(folder))
-    config, facts = build(**SIZES | EVEN).config, {}
+    config, facts = build(**SIZES | EVEN["even"]).config, {}
     for layout in (layout for layout in LAYOUTS if "FSDP2" in layout):
-        calls, sent, own, held = results["counted", layout]
+        calls, sent, own, held = results["counted", "even", layout]
         predicted = traffic(config, SETUP, Layout(**LAYOUTS[layout]))
         facts[layout] = {
             kind: {
@@ -263,7 +270,7 @@ def write_counts(path):
         }
         weights = rank_memory(config, SETUP, Layout(**LAYOUTS[layout]))["weights"]
         facts[layout]["weights_bytes"] = {"held": held["weights"] / 2, "predicted": weights}
-    facts = {"per": "rank and micro-batch, mean of two gloo ranks", "config": SIZES | EVEN, "layouts": facts}
+    facts = {"per": "rank and micro-batch, mean of two gloo ranks", "config": SIZES | EVEN["even"], "layouts": facts}
     write_json(Path(path), facts | {"micro_batch": [2, 33], **environment(torch.device("cpu"))})
 
 

@@ -51,7 +51,7 @@ LAYOUTS = {
     "ZeRO-3": ("deepspeed_zero3", [], 2),
 }
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-layouts = [pytest.param(name, marks=needs_deepspeed if name == "ZeRO-3" else ()) for name in LAYOUTS]
+layouts = [pytest.param(name, marks=needs_deepspeed if name == "ZeRO-3" else (), id=name) for name in LAYOUTS]
 
 
 def free_port():
@@ -106,14 +106,12 @@ def largest_difference(found, expected):
     return max(abs(found[key] - expected[key]) for key in expected)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """The checkpoint that every run starts from."""
-    preset = tmp_path_factory.mktemp("start") / "preset.json"
-    sizes = {"vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+def checkpoint(folder, **pools):
+    """A checkpoint that runs start from."""
+    preset, output = folder / "preset.json", folder / "run"
+    sizes = {"vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, **pools}
     model = build(**sizes, intermediate_size=32, tie_word_embeddings=True, router_aux_loss_coef=0.0)
     preset.write_text(model.config.to_json_string())
-    output = preset.with_name("run")
     only_weights = ["--max_steps", "1", "--save_strategy", "no", "--use_cpu", "true"]
     run(
         command([sys.executable], preset, output, 1, *only_weights, script=["train/pretrain.py"]),
@@ -122,13 +120,28 @@ def start(tmp_path_factory):
     return output
 
 
-@pytest.fixture(scope="module")
-def one_process(start, tmp_path_factory):
-    """The loss curve of one process."""
-    output = tmp_path_factory.mktemp("one") / "run"
+def curve_of_one_process(start, output):
     alone = command([sys.executable], start, output, 4, "--use_cpu", "true", script=["train/pretrain.py"])
     run(alone, output.with_suffix(".log"))
     return curve(output)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def one_process(start, tmp_path_factory):
+    return curve_of_one_process(start, tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    """A checkpoint whose layers share pools, and the loss curve of one process."""
+    folder = tmp_path_factory.mktemp("pools")
+    start = checkpoint(folder, num_hidden_layers=4, layers_per_pool=2)
+    return start, curve_of_one_process(start, folder / "one")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -161,6 +174,15 @@ def test_two_ranks_have_the_loss_curve_of_one_process(layout, start, one_process
     with torch.no_grad():
         logits = [CoEForCausalLM.from_pretrained(path).eval()(ids).logits for path in (tmp_path / "run", start)]
     assert not torch.equal(*logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in layouts if layout.values[0] in ("FSDP2", "ZeRO-3")])
+def test_layers_that_share_a_pool_have_the_loss_curve_of_one_process(layout, pools, tmp_path):
+    file, options, rows = LAYOUTS[layout]
+    start, expected = pools
+    run(command(accelerate(file), start, tmp_path / "run", rows, *options), tmp_path / "log")
+    assert largest_difference(curve(tmp_path / "run"), expected) <= 1e-5
 
 
 @pytest.mark.slow

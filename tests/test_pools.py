@@ -5,6 +5,7 @@
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import naive_coe
 import pytest
@@ -259,6 +260,17 @@ def test_every_head_takes_the_pools_of_a_language_model(head, tmp_path):
     ids = tokens(2, 6)
     expected = language_model.model(ids).last_hidden_state
     torch.testing.assert_close(base(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_pipeline_ranks_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"pp_size=2.*layers_per_pool=2.*share experts"):
+        pooled()._resolve_parallel_plans(SimpleNamespace(pp_size=2))
+
+
+def test_sharded_data_parallelism_gathers_pools_apart_from_their_layers():
+    shared, own = pooled(), pooled(layers_per_pool=1)
+    assert shared._no_split_modules == {"CoEDecoderLayer", "CoEExperts"}
+    assert own._no_split_modules == {"CoEDecoderLayer"}
 
 
 class PooledTrainer(PoolRate, Trainer):

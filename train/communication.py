@@ -81,14 +81,18 @@ def traffic(config: CoEConfig, setup: TrainingSetup, layout: Layout) -> dict[str
     # The last norm and a head of its own stay whole from forward to backward. A tied head's gradient is reduced twice:
     # as the head's and as the embedding's.
     kept, tied = H + counts.get("lm_head", 0), counts["embedding"] * config.tie_word_embeddings
-    # With expert parallelism a layer's experts are sharded apart, over the ranks that hold the same ones.
-    groups = L * (2 if 1 < E < F else 1)
+    # With expert parallelism a layer's experts are sharded apart, over the ranks that hold the same ones. So is a pool
+    # that layers share. Experts that are sharded apart are gathered at every visit.
+    apart = holders > 1 and (E > 1 or config.layers_per_pool > 1)
+    visits = C * config.layers_per_pool if apart else 1
+    pools = L // config.layers_per_pool * apart
+    groups = L + pools
     shards = dense * _others(F) + experts * _others(holders)
-    gathers = 2 * shards - kept * _others(F)
+    gathers = 2 * (dense * _others(F) + visits * experts * _others(holders)) - kept * _others(F)
     return {
         "all_to_all": (2 * calls * (E > 1), 2 * calls * rows * H * setup.stream_bytes * _others(E)),
         "expert_counts": (L * C * forwards * (E > 1), L * C * forwards * 8 * N * _others(E)),
-        "gather": ((2 * groups + (2 if tied else 3)) * (F > 1), width * gathers),
+        "gather": ((2 * (L + visits * pools) + (2 if tied else 3)) * (F > 1), width * gathers),
         "reduce": ((groups + 2) * (F > 1), width * (shards + tied * _others(F))),
         "replicas": ((groups + 2) * (R > 1), 2 * width * _others(R) * (dense + counts["experts"]) / F),
     }
@@ -107,9 +111,13 @@ def rank_memory(config: CoEConfig, setup: TrainingSetup, layout: Layout) -> dict
         counts = count_parameters(config)
         head = counts.get("lm_head", counts["embedding"])
         ends = counts["embedding"] + counts.get("lm_head", 0)
-        layers = sum(counts.values()) - ends - counts["experts"] * (1 - 1 / layout.ep_size)
-        # The head stays whole from the forward pass on, one layer and its successor are whole at a time.
-        memory["gathered"] = BYTES[setup.dtype] * (head + 2 * layers / config.num_hidden_layers)
+        experts = counts["experts"] / layout.ep_size
+        dense = (sum(counts.values()) - ends - counts["experts"]) / config.num_hidden_layers
+        pool = experts * config.layers_per_pool / config.num_hidden_layers
+        # The head stays whole from the forward pass on, one layer and its successor are whole at a time; so is one
+        # pool that layers share, while it is visited.
+        pools = 2 if config.layers_per_pool == 1 else 1
+        memory["gathered"] = BYTES[setup.dtype] * (head + 2 * dense + pools * pool)
     return memory
 
 
