@@ -4,6 +4,7 @@ PYTHON ?= python3
 ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 # On Linux, pip's own index has the CUDA build of torch, several GB. Without an NVIDIA GPU the CPU build (200 MB) comes
 # from PyTorch's index, if that answers. `make demo TORCH_INDEX=` leaves the choice to pip.
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
 NEXT := Uma has 3 coins. Uma finds 4 more. Uma loses 2. How many coins does Uma have now?
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-slow test-oldest test-vllm lint clean
 
 demo: $(ENVIRONMENT)/.train
 	$(BIN)/python train/pretrain.py --config configuration/pretrain/smoke.yaml
@@ -34,6 +35,10 @@ test-slow: $(ENVIRONMENT)/.dev
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest
 
+# vLLM's CPU build in an environment of its own, and the chains in it beside transformers.
+test-vllm: $(ENVIRONMENT)/.dev $(VLLM)/.installed
+	$(BIN)/python -m pytest -m vllm tests/test_vllm.py
+
 lint: $(ENVIRONMENT)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,10 +48,15 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(ENVIRONMENT)
 
-# $(call install,environment,constraints,extra). With torch's index only torch itself: it lacks other pinned versions.
-define install
+# $(call torch,environment,constraints): from torch's index only torch itself, for it lacks other pinned versions.
+define torch
 	$(if $(TORCH_INDEX),$(1)/bin/python -m pip --quiet --retries 1 --timeout 15 install --constraint $(2) --no-deps \
 	  --index-url $(TORCH_INDEX) torch || echo "No torch from there: pip's own index is asked.")
+endef
+
+# $(call install,environment,constraints,extra)
+define install
+	$(call torch,$(1),$(2))
 	$(1)/bin/python -m pip --quiet install --constraint $(2) --editable ".[$(3)]"
 endef
 
@@ -61,5 +71,12 @@ $(OLDEST)/.dev: pyproject.toml constraints.txt
 	$(call install,$(OLDEST),$(OLDEST)/constraints.txt,dev)
 	touch $@
 
+$(VLLM)/.installed: pyproject.toml tests/vllm_requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(call torch,$(VLLM),tests/vllm_requirements.txt)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm_requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf $(ENVIRONMENT) $(OLDEST) runs .pytest_cache .ruff_cache
+	rm -rf $(ENVIRONMENT) $(OLDEST) $(VLLM) runs .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoTokenizer
 
 from modeling_coe import CoEConfig, CoEForCausalLM, lora_config
 from modeling_coe.train import eval_lm
@@ -36,7 +37,7 @@ def evaluate(model, output, **options) -> dict:
         "model": model, "dataset": "word_problems", "train_problems": 1, "validation_problems": 9,
         "sequence_length": 128, "scored_problems": 4, "max_new_tokens": 3, "output_dir": output,
     } | options  # fmt: skip
-    eval_lm.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    eval_lm.main([part for name, value in options.items() for part in (f"--{name}", *str(value).split())])
     return json.loads((output / "facts.json").read_text())
 
 
@@ -74,16 +75,72 @@ def test_tasks_without_lm_eval_name_the_package(checkpoint, monkeypatch):
         eval_lm.run_tasks(None, None, eval_lm.EvaluationArguments(tasks=["arithmetic"]))
 
 
-def test_a_local_task_runs_offline(checkpoint, tmp_path):
+QUESTIONS = [f"{'and ' * (number % 4)}{number}+1?" for number in range(6)]
+CHOICES = [" seven", " 1", " many more"]
+
+
+def greedy_text(model, tokenizer, question: str) -> str:
+    ids = tokenizer(question, return_tensors="pt").input_ids
+    return tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :])
+
+
+def favourite(model, tokenizer, question: str) -> int:
+    """The choice with the highest log-probability, token by token."""
+    scores = []
+    for choice in CHOICES:
+        start, ids = len(tokenizer(question).input_ids), tokenizer(question + choice).input_ids
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        scores.append(sum(logprobs[position - 1, ids[position]].item() for position in range(start, len(ids))))
+    return scores.index(max(scores))
+
+
+@pytest.fixture(scope="module")
+def tasks(checkpoint, tmp_path_factory):
+    """A multiple-choice and a generation task; what the model itself would say is right for four of the six."""
     pytest.importorskip("lm_eval")
-    rows = [{"question": f"{a}+1?", "choices": [str(a + 1), str(a + 2)], "label": 0} for a in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "sums.yaml").write_text(
-        "task: sums\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
-        "doc_to_target: label\nmetric_list: [{metric: acc}]\n"
+    folder = tmp_path_factory.mktemp("tasks")
+    model, tokenizer = CoEForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    rows = []
+    for number, question in enumerate(QUESTIONS):
+        label, text = favourite(model, tokenizer, question), greedy_text(model, tokenizer, question)
+        is_right = number < 4
+        label = label if is_right else (label + 1) % len(CHOICES)
+        rows.append({"question": question, "choices": CHOICES, "label": label, "text": text if is_right else "no"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    head += "doc_to_text: question\n"
+    (folder / "choose.yaml").write_text(
+        f"task: choose\n{head}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: label\n"
+        "target_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )
-    facts = evaluate(checkpoint, tmp_path / "facts", tasks="sums", task_folder=tmp_path / "tasks", scored_problems=0)
-    assert 0 <= facts["tasks"]["sums"]["acc,none"] <= 1
+    (folder / "write.yaml").write_text(
+        f"task: write\n{head}output_type: generate_until\ndoc_to_target: text\n"
+        "generation_kwargs: {until: ['@@'], do_sample: false, max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    return folder
+
+
+def test_local_tasks_run_offline_and_score_what_the_model_itself_says(checkpoint, tasks, tmp_path):
+    options = {"task_folder": tasks, "scored_problems": 0}
+    facts = evaluate(checkpoint, tmp_path / "facts", **options, tasks="choose write")
+    assert facts["tasks"]["choose"]["acc,none"] == pytest.approx(4 / 6)
+    assert facts["tasks"]["write"]["exact_match,none"] == pytest.approx(4 / 6)
+
+
+def test_lm_eval_gives_the_same_answers_at_every_batch_size(checkpoint, tasks):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model, tokenizer = CoEForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    answers = {}
+    for size in (1, 16, "auto"):
+        engine = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=16)
+        manager = TaskManager(include_path=str(tasks))
+        run = simple_evaluate(engine, tasks=["choose", "write"], task_manager=manager, bootstrap_iters=0)
+        scores = [float(pair[0]) for sample in run["samples"]["choose"] for pair in sample["filtered_resps"]]
+        answers[size] = scores, [sample["filtered_resps"] for sample in run["samples"]["write"]]
+    assert len(answers[1][0]) == 18 and len(set(answers[1][0])) > 6
+    for size in (16, "auto"):
+        assert answers[size][0] == pytest.approx(answers[1][0], abs=1e-5)
+        assert answers[size][1] == answers[1][1]
