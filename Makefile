@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
 NEXT := Uma has 3 coins. Uma finds 4 more. Uma loses 2. How many coins does Uma have now?
 
-.PHONY: demo test test-slow test-oldest test-vllm lint clean
+.PHONY: demo test test-slow test-oldest test-vllm release-dry-run lint clean
 
 demo: $(ENVIRONMENT)/.train
 	$(BIN)/python train/pretrain.py --config configuration/pretrain/smoke.yaml
@@ -38,6 +38,11 @@ test-oldest: $(OLDEST)/.dev
 # vLLM's CPU build in an environment of its own, and the chains in it beside transformers.
 test-vllm: $(ENVIRONMENT)/.dev $(VLLM)/.installed
 	$(BIN)/python -m pytest -m vllm tests/test_vllm.py
+
+# What a release does, but for the uploads; RUNS are pairs of a run and the name of its repository.
+RUNS ?= runs/smoke=coe-demo
+release-dry-run: $(ENVIRONMENT)/.dev
+	$(BIN)/python train/studies/release.py $(RUNS)
 
 lint: $(ENVIRONMENT)/.dev
 	$(BIN)/ruff check .

@@ -120,14 +120,20 @@ def tasks(checkpoint, tmp_path_factory):
     return folder
 
 
-def test_local_tasks_run_offline_and_score_what_the_model_itself_says(checkpoint, tasks, tmp_path):
+@pytest.fixture
+def no_survey(monkeypatch):
+    """lm_eval asks a dozen programs about the machine, which takes longer than the evaluation."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+def test_local_tasks_run_offline_and_score_what_the_model_itself_says(checkpoint, tasks, no_survey, tmp_path):
     options = {"task_folder": tasks, "scored_problems": 0}
     facts = evaluate(checkpoint, tmp_path / "facts", **options, tasks="choose write")
     assert facts["tasks"]["choose"]["acc,none"] == pytest.approx(4 / 6)
     assert facts["tasks"]["write"]["exact_match,none"] == pytest.approx(4 / 6)
 
 
-def test_lm_eval_gives_the_same_answers_at_every_batch_size(checkpoint, tasks):
+def test_lm_eval_gives_the_same_answers_at_every_batch_size(checkpoint, tasks, no_survey):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -22,6 +22,7 @@ from test_checkpoint import run_without_the_package
 from transformers import AutoModelForCausalLM
 
 from modeling_coe.train import publish
+from modeling_coe.train.studies import release
 from train.report import environment
 
 
@@ -112,6 +113,7 @@ def test_stranger_runs_the_cards_snippet_and_sees_the_cards_sample(hub, publishe
     card = ModelCard(hub.repositories[REPO].main["README.md"].decode())
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     (sample,) = re.findall(r"```text\n(.*?)\n```", card.text, flags=re.DOTALL)
+    assert "not uploaded yet" not in card.text
     code = snippet + textwrap.dedent("""
         from transformers import pipeline
         assert "transformers_modules" in type(model).__module__
@@ -122,6 +124,32 @@ def test_stranger_runs_the_cards_snippet_and_sees_the_cards_sample(hub, publishe
     result = run_without_the_package(code, tmp_path, hub.environment(tmp_path, token=None))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip() == f"w4 w8 w45 {sample}".strip()
+
+
+def test_a_release_is_rehearsed_without_sending_anything_and_then_sent(hub, published, monkeypatch, tmp_path, capsys):
+    """The build is a matter of test_wheel.py; here are the steps, the card before the upload, and the upload."""
+    monkeypatch.setattr(release, "BUILD", ["true"])
+    run, requests = published[0] / "run", len(hub.requests)
+    release.main([f"{run}=coe-demo", "--owner", "tester"])
+    printed = capsys.readouterr().out
+    assert "would run: twine upload" in printed and f"would run: git tag {release.TAG}" in printed
+    assert len(hub.requests) == requests
+
+    card = ModelCard((run / "hub" / "README.md").read_text())
+    assert "`tester/coe-demo` is not uploaded yet" in card.text
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    exec(snippet.replace("tester/coe-demo", str(run / "hub")), {})
+    (sample,) = re.findall(r"```text\n(.*?)\n```", card.text, flags=re.DOTALL)
+    assert capsys.readouterr().out.strip().endswith(sample.strip())
+
+    sent = f"""
+        from modeling_coe.train.studies import release
+        release.BUILD, release.SENDING = ["true"], [["true"]]
+        release.main(["{run}=coe-demo", "--owner", "tester", "--push"])
+    """
+    result = run_script(sent, hub, tmp_path)
+    assert f"{release.TAG} is out." in result.stdout, result.stderr[-3000:]
+    assert b"not uploaded yet" not in hub.repositories["tester/coe-demo"].main["README.md"]
 
 
 def test_snapshots_revisions_and_refusals(hub, published, tmp_path):

@@ -59,8 +59,24 @@ def test_commands_name_existing_targets_entry_points_scripts_and_recipes():
 
 
 def test_every_table_is_what_the_committed_results_render_to():
-    assert {name for _, name, _, _ in readme.MARKED.findall(README)} == set(readme.TABLES)
+    assert {"speed", "use"} <= {name for _, name, _, _ in readme.MARKED.findall(README)} <= set(readme.TABLES)
     assert readme.render(README) == README, "run `python train/studies/readme.py`"
+
+
+def test_every_program_that_works_names_a_test_or_a_target_that_exists():
+    for row in readme.result("compatibility"):
+        name = row["shown_by"] or ""
+        path, _, test = name.partition("::")
+        if test:
+            assert f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), name
+        elif name:
+            assert f"\n{name.removeprefix('make ')}: " in MAKEFILE, name
+        else:
+            assert "not run" in row["runs"], row
+    rendered = readme.compatibility().splitlines()
+    assert len(rendered) == 2 + len(readme.result("compatibility"))
+    (peft,) = re.findall(r"^peft==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"| PEFT | {peft} |" in readme.compatibility()
 
 
 def test_links_and_pictures_exist():

@@ -83,6 +83,7 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     known = {name: value for name, value in run.items() if name != "base"}
     return {
         "repo": options.repo,
+        "is_uploaded": options.push,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "license": options.license,
         "language": options.language,

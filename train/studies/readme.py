@@ -103,7 +103,33 @@ def difference(name: str, row: str, than: str) -> float:
     return next(one["difference"] for one in result(name)["claims"] if (one["row"], one["than"]) == (row, than))
 
 
-TABLES = {"speed": speed, "use": use}
+def compatibility() -> str:
+    """Which programs run a chain, in which version, and the test that shows it."""
+    rows = [("program", "version", "what runs", "limit", "shown by")]
+    for row in result("compatibility"):
+        version = row["version"] if "version" in row else pinned(row["package"])
+        version = f"{row['oldest']} and {version}" if "oldest" in row else version
+        rows.append((row["program"], version, row["runs"], row["limit"], shown_by(row["shown_by"])))
+    return table(*rows)
+
+
+def pinned(package: str) -> str:
+    """The version that the tests install, or the oldest that an extra of the package asks for."""
+    for name in ("constraints.txt", "tests/vllm_requirements.txt"):
+        if found := re.search(rf"^{package}==(.+)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
+            return found[1]
+    bound = re.search(rf'"{package}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return f"{bound[1]} or newer"
+
+
+def shown_by(name: str | None) -> str:
+    if name is None:
+        return "no test"
+    path = name.partition("::")[0]
+    return f"[{path.removeprefix('tests/')}]({path})" if path.startswith("tests/") else f"`{name}`"
+
+
+TABLES = {"compatibility": compatibility, "speed": speed, "use": use}
 
 
 if __name__ == "__main__":
