@@ -83,7 +83,7 @@ def facts_of(model: str) -> dict | None:
 
 
 @contextmanager
-def whole_or_nothing(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_or_nothing(output: Path, overwrite: bool = False, **about) -> Iterator[Path]:
     """A folder to fill, which takes the name `output` if the block ends well and is removed if it does not.
 
     A killed process leaves `.<name>.incomplete`, which the next one names and removes. If it was killed between the
@@ -100,7 +100,7 @@ def whole_or_nothing(output: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             new.mkdir()
             yield new
-            _list_files(new)
+            _list_files(new, about)
             if output.exists():
                 output.rename(old)
             new.rename(output)
@@ -135,12 +135,18 @@ def changes_since_written(folder: Path) -> list[str]:
     return [f"{name} {change}" for names, change in changes for name in sorted(names)]
 
 
-def written_files(folder: Path) -> dict[str, list[int]] | None:
-    """The files that were written into a folder, with size and time; None where it has no list, or a damaged one."""
+def written_about(folder: Path) -> dict:
+    """What `written.json` says of a folder; empty where there is none, or a damaged one."""
     try:
-        return dict(json.loads((folder / WRITTEN).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        return dict(json.loads((folder / WRITTEN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def written_files(folder: Path) -> dict[str, list[int]] | None:
+    """The files that were written into a folder, with size and time; None where it does not say."""
+    files = written_about(folder).get("files")
+    return files if isinstance(files, dict) else None
 
 
 def _files_of(folder: Path) -> dict[str, list[int]]:
@@ -150,12 +156,12 @@ def _files_of(folder: Path) -> dict[str, list[int]]:
     return {name: [found.st_size, found.st_mtime_ns] for name, found in sorted(status.items())}
 
 
-def _list_files(folder: Path):
-    """Wait until all files are on disk, and list them; the list comes last."""
+def _list_files(folder: Path, about: dict):
+    """Wait until all files are on disk, and list them, with what else is to be known; the list comes last."""
     for path in filter(Path.is_file, folder.rglob("*")):
         _flush(path)
     listed = folder / WRITTEN
-    listed.write_text(json.dumps({"files": _files_of(folder)}, indent=2) + "\n", encoding="utf-8")
+    listed.write_text(json.dumps({**about, "files": _files_of(folder)}, indent=2) + "\n", encoding="utf-8")
     _flush(listed)
 
 

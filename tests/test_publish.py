@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Publishing a run, against the Hub stand-in: what arrives, what a stranger can do with it, and what goes wrong."""
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from test_checkpoint import run_without_the_package
 from transformers import AutoModelForCausalLM
 
+from modeling_coe.train import hub as hub_module
 from modeling_coe.train import publish
 from modeling_coe.train.studies import release
 from train.report import environment
@@ -94,7 +96,7 @@ def test_everything_arrives_in_one_commit(hub, published):
     local = {
         path.relative_to(folder / "run" / "hub").as_posix(): path.read_bytes()
         for path in (folder / "run" / "hub").rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "written.json"
     }
     repository = hub.repositories[REPO]
     assert {name: content for name, content in repository.main.items() if name != ".gitattributes"} == local
@@ -229,7 +231,9 @@ def test_upload_killed_in_the_middle_publishes_nothing_and_the_next_try_complete
         assert result.returncode == 0, result.stderr[-3000:]
         del repository.main[".gitattributes"]
         assert repository.main == {
-            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "written.json"
         }
 
 
@@ -259,18 +263,210 @@ def test_token_is_written_nowhere(hub, published):
         assert TOKEN.encode() not in content
 
 
-def test_run_that_recorded_a_token_is_refused(tmp_path):
-    run = write_run(tmp_path, commit=TOKEN)
-    with pytest.raises(ValueError, match="looks like a token"):
+SECRETS = {
+    "token of the Hub": TOKEN,
+    "cloud key": "AKIA" + "IOSFODNN7EXAMPLE",
+    "cloud secret": "AWS_SECRET_ACCESS_KEY=" + "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "Google key": "AIza" + "SyD-9tSrke72PouQMnMX-a7eZSW0jkFMBWY",
+    "code host": "ghp_" + "a1B2" * 9,
+    "code host, fine-grained": "github_pat_" + "11ABCDEFG0abcdefghijkl_mnopq",
+    "another code host": "glpat-" + "abcdefghij0123456789",
+    "model host": "sk-ant-" + "api03-abcdefghijklmnopqrst",
+    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "address with a password": "postgres://me:hunter2@database/runs",
+    "tracker": "WANDB_API_KEY=" + "0123456789abcdef" * 2,
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_every_kind_of_secret_is_found_in_any_file_and_not_repeated(secret, tmp_path):
+    for name in ("facts.json", "loss_curve.jsonl", "README.md", "chat_template.jinja"):
+        (tmp_path / name).write_text(f"one line\n{json.dumps({'note': SECRETS[secret]})}\n")
+        with pytest.raises(ValueError, match=rf"{name}, line 2, holds what looks like a secret") as refusal:
+            hub_module.refuse_secrets(tmp_path)
+        assert SECRETS[secret] not in str(refusal.value)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("where", ["facts.json", "loss_curve.jsonl", "samples.json"])
+def test_run_that_recorded_a_secret_is_refused(where, tmp_path):
+    run = write_run(tmp_path, **({"commit": TOKEN} if where == "facts.json" else {}))
+    if where == "loss_curve.jsonl":
+        (run / where).write_text(json.dumps({"loss": 4.5, "note": SECRETS["cloud key"]}) + "\n")
+    if where == "samples.json":
+        samples = json.loads((run / where).read_text())
+        samples[0]["expected"] = SECRETS["code host"]
+        (run / where).write_text(json.dumps(samples))
+    with pytest.raises(ValueError, match="looks like a secret"):
         publish.main([str(run), "--repo", REPO])
-    assert not (run / "hub").exists()
+    assert not (run / "hub").exists() and not (run / ".hub.incomplete").exists()
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in (ROOT / "model_cards").glob("*/facts.json")))
+def test_hashes_commits_and_code_are_no_secrets(folder, tmp_path):
+    for path in [*folder.iterdir(), *(ROOT / "modeling_coe").glob("*.py"), ROOT / "constraints.txt"]:
+        shutil.copy(path, tmp_path)
+    vocabulary = {f"w{hashlib.sha256(str(i).encode()).hexdigest()}": i for i in range(2000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary, indent=1))
+    hub_module.refuse_secrets(tmp_path)
 
 
 def test_token_in_use_is_refused_whatever_it_looks_like(tmp_path, monkeypatch):
     run = write_run(tmp_path, commit="issued-by-an-enterprise-hub")
     monkeypatch.setenv("HF_TOKEN", "issued-by-an-enterprise-hub")
-    with pytest.raises(ValueError, match="looks like a token"):
+    with pytest.raises(ValueError, match="looks like a secret"):
         publish.main([str(run), "--repo", REPO])
+
+
+@pytest.mark.parametrize("name", ["loss_curve.jsonl", "loss_curve.png", "chat_template.jinja", "facts.json", "hub"])
+def test_a_link_in_the_run_is_refused_and_what_it_points_to_not_read(name, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to("/etc/passwd" if name != "hub" else tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is a link"):
+        publish.main([str(run), "--repo", REPO])
+
+
+def a_link(hub):
+    (hub / "loss_curve.jsonl").unlink()
+    (hub / "loss_curve.jsonl").symlink_to("/etc/passwd")
+
+
+def a_secret(hub):
+    (hub / "README.md").write_text((hub / "README.md").read_text() + SECRETS["cloud key"])
+
+
+@pytest.mark.parametrize("change, named", [(a_link, "is a link"), (a_secret, "a secret")])
+def test_a_link_or_a_secret_in_the_prepared_folder_is_not_uploaded(change, named, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    publish.main([str(run), "--repo", REPO])
+    change(run / "hub")
+    monkeypatch.setattr(publish, "check_login", lambda: None)
+    with pytest.raises(ValueError, match=named):
+        publish.main([str(run), "--repo", REPO, "--push"])
+
+
+def test_a_linked_folder_and_what_publishing_did_not_write_are_not_uploaded(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    publish.main([str(run), "--repo", REPO, "--dataset-id", "openai/gsm8k"])
+    hub = run / "hub"
+    (hub / "notes.txt").write_text("mine")
+    files = dict(hub_module.files_to_upload(hub))
+    assert {"README.md", "model.safetensors", ".eval_results/gsm8k.yaml"} <= set(files)
+    assert not {"notes.txt", "written.json"} & set(files) and "notes.txt, which" in capsys.readouterr().out
+    (hub / ".eval_results").rename(run / "elsewhere")
+    (hub / ".eval_results").symlink_to(run / "elsewhere")
+    assert ".eval_results/gsm8k.yaml" not in dict(hub_module.files_to_upload(hub))
+
+
+def test_push_uploads_the_card_that_was_edited_and_says_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    publish.main([str(run), "--repo", REPO])
+    card = run / "hub" / "README.md"
+    edited = card.read_text() + "\nTrained in one afternoon.\n"
+    card.write_text(edited)
+    with pytest.raises(ValueError, match=r"README\.md was changed; --push uploads it"):
+        publish.main([str(run), "--repo", REPO])
+    for options in (["--repo", "tester/other"], ["--repo", REPO, "--watts", "7"]):
+        with pytest.raises(ValueError, match=r"README\.md was changed; the run or the options"):
+            publish.prepare(publish.parse_arguments([str(run), *options, "--push"]), run / "hub")
+    assert card.read_text() == edited
+    with HubStandIn() as hub:
+        command = f"import publish; publish.main([{str(run)!r}, '--repo', '{REPO}', '--push'])"
+        result = run_script(command, hub, tmp_path / "home")
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert hub.repositories[REPO].main["README.md"].decode() == edited
+    assert "as it was prepared; README.md was changed" in result.stdout
+
+
+def test_prepared_again_after_the_run_went_on_the_folder_is_the_new_runs(tmp_path):
+    run = write_run(tmp_path / "run")
+    publish.main([str(run), "--repo", REPO])
+    write_run(tmp_path / "run", tokens=54321)
+    publish.prepare(publish.parse_arguments([str(run), "--repo", REPO, "--push"]), run / "hub")
+    assert "54,321 tokens" in (run / "hub" / "README.md").read_text()
+
+
+def test_a_folder_called_hub_that_publishing_did_not_write_is_kept(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "hub").mkdir()
+    (run / "hub" / "thesis.tex").write_text("Introduction")
+    with pytest.raises(ValueError, match=r"written\.json"):
+        publish.main([str(run), "--repo", REPO])
+    assert (run / "hub" / "thesis.tex").exists()
+
+
+def test_what_a_killed_publishing_left_is_removed(tmp_path, caplog):
+    run = write_run(tmp_path / "run")
+    (run / ".hub.incomplete" / "new").mkdir(parents=True)
+    (run / ".hub.incomplete" / "new" / "model.safetensors").write_bytes(bytes(2**20))
+    publish.main([str(run), "--repo", REPO])
+    assert not (run / ".hub.incomplete").exists() and "(1.0 MiB)" in caplog.text
+
+
+BAD_OPTIONS = {
+    "no owner": ["--repo", "chain"],
+    "a b/c": ["--repo", "a b/c"],
+    "--watts nan": ["--watts", "nan"],
+    "--watts -5": ["--watts=-5"],
+    "--watts 0": ["--watts", "0"],
+    "--watts inf": ["--watts", "inf"],
+    "--max-new-tokens 0": ["--max-new-tokens", "0"],
+    "no model": ["--base-model", "no model"],
+    "no data": ["--dataset-id", "no data"],
+    "Apache 2": ["--license", "Apache 2"],
+    "English": ["--language", "English"],
+}
+
+
+@pytest.mark.parametrize("named", BAD_OPTIONS)
+def test_bad_options_are_refused_without_a_push_too(named, tmp_path):
+    run = write_run(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        publish.main([str(run), "--repo", REPO, *BAD_OPTIONS[named]])
+    assert not (run / "hub").exists()
+
+
+@pytest.mark.parametrize("name", ["facts.json", "run.json", "samples.json", "loss_curve.png"])
+def test_a_missing_or_damaged_file_of_the_run_is_named(name, tmp_path):
+    run = write_run(tmp_path)
+    if name.endswith(".json"):
+        for damage in ("{", "5"):
+            (run / name).write_text(damage)
+            with pytest.raises(ValueError, match=f"{name} is damaged"):
+                publish.main([str(run), "--repo", REPO])
+    (run / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: no such file"):
+        publish.main([str(run), "--repo", REPO])
+
+
+def test_a_missing_fact_or_run_is_named_and_no_folder_made(tmp_path):
+    with pytest.raises(ValueError, match="smok: no such folder"):
+        publish.main([str(tmp_path / "smok"), "--repo", REPO])
+    assert not (tmp_path / "smok").exists()
+    run = write_run(tmp_path / "run")
+    (run / "facts.json").write_text('{"model": "configuration/models/coe_tiny.json"}')
+    with pytest.raises(ValueError, match=r"facts\.json lacks `dataset`"):
+        publish.main([str(run), "--repo", REPO])
+
+
+@pytest.mark.parametrize("dataset", ["/somewhere/gsm8k", "~/gsm8k", "../gsm8k", "C:\\gsm8k"])
+def test_places_of_this_machine_are_published_nowhere(dataset, tmp_path):
+    run = write_run(tmp_path / "run", model="/somewhere/presets/moe.json", dataset=dataset, log="/somewhere/run.log")
+    with pytest.raises(ValueError, match="--dataset-id"):
+        publish.main([str(run), "--repo", REPO, "--dataset-license", "mit"])
+    publish.main([str(run), "--repo", REPO, "--dataset-license", "mit", "--dataset-id", "openai/gsm8k"])
+    for path in filter(Path.is_file, (run / "hub").rglob("*")):
+        content = path.read_bytes()
+        assert not any(place.encode() in content for place in ("/somewhere", str(tmp_path), dataset)), path
+    assert json.loads((run / "hub" / "facts.json").read_text())["run"]["model"] == "moe.json"
+
+
+def test_a_run_whose_time_is_not_known_claims_no_energy(tmp_path):
+    run = write_run(tmp_path, train_seconds=0.0)
+    publish.main([str(run), "--repo", REPO])
+    card = (run / "hub" / "README.md").read_text()
+    assert "kWh" not in card and "| Time | not known |" in card
 
 
 def test_adapter_is_refused(tmp_path):

@@ -3,12 +3,22 @@
 """A folder to the Hub in one commit. The token comes from `hf auth login` or HF_TOKEN and is written nowhere."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+from modeling_coe.folders import WRITTEN, written_files
 
-LOOKS_LIKE_A_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+
+# What detect-secrets 1.5 does not know.
+NEWER_SECRETS = {
+    "Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
+    "GitHub token": r"\bgithub_pat_\w{22,}",
+    "Google key": r"\bAIza[\w-]{35}",
+    "key of Anthropic, OpenAI or OpenRouter": r"\bsk-(?:ant|proj|svcacct|or)-[\w-]{20,}",
+    "variable of an environment": r"\b[A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)\s*[=:]\s*[\"']?[\w/+.-]{16,}",
+}
 
 
 def check_login():
@@ -16,13 +26,58 @@ def check_login():
     HfApi().whoami()
 
 
+def detectors() -> dict[str, Callable[[str], Iterable[str]]]:
+    """Each kind of secret that has a form of its own, and what finds it in a line, asking no server whether it works.
+
+    detect-secrets also goes by entropy, which hashes and commit ids have as well.
+    """
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+    from detect_secrets.plugins.ip_public import IPPublicDetector
+
+    kinds = get_mapping_from_secret_type_to_class()
+    found = {
+        name: kind().analyze_string
+        for name, kind in kinds.items()
+        if issubclass(kind, RegexBasedDetector) and kind is not IPPublicDetector
+    }
+    return found | {name: re.compile(pattern).findall for name, pattern in NEWER_SECRETS.items()}
+
+
 def refuse_secrets(folder: Path):
-    """Raises ValueError if a file other than the weights holds the user's token, or what looks like one."""
-    token = (get_token() or "").encode()
-    for path in folder.rglob("*"):
-        content = path.read_bytes() if path.is_file() and path.suffix != ".safetensors" else b""
-        if LOOKS_LIKE_A_TOKEN.search(content) or (token and token in content):
-            raise ValueError(f"{path.name} holds what looks like a token of the Hub; remove it from the run.")
+    """Raises ValueError if a file other than weights and pictures holds the user's token, or what looks like a secret.
+
+    The message names the file, the line and the kind, and not the secret.
+    """
+    kinds = detectors()
+    if token := get_token():
+        kinds["your token of the Hub"] = lambda line: [token] if token in line else []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".png") or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if found := [name for name, find in kinds.items() if any(find(line))]:
+                raise ValueError(f"{path.name}, line {number}, holds what looks like a secret: {found[0]}. Remove it.")
+
+
+def files_to_upload(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What was written into a prepared folder, by its name there; in another folder, every file.
+
+    Raises:
+        ValueError: one of them is a link, or is reached through one, or is no file.
+    """
+    written = written_files(folder)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if written is not None and name not in written:
+            if name != WRITTEN:
+                print(f"Not uploaded: {path}, which publishing did not write.")
+        elif path.resolve() != folder.resolve() / name or not path.is_file():
+            raise ValueError(f"{path} is a link or no file; only files are uploaded. Put a copy in its place.")
+        else:
+            yield name, path
 
 
 def push(folder: Path, repo: str, is_private: bool) -> str:
@@ -30,9 +85,10 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
 
     Interrupted, it is simply run again: what has arrived is not sent twice. Returns the address of the commit.
     """
+    files = dict(files_to_upload(folder))
+    refuse_secrets(folder)
     api = HfApi()
     api.create_repo(repo, private=is_private, exist_ok=True)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     stale = [name for name in api.list_repo_files(repo) if ".safetensors" in name and name not in files]
     # Not `upload_folder`: it may split the folder into several commits.
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]

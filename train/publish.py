@@ -5,6 +5,8 @@
     python train/publish.py runs/smoke --repo user/name                 # writes runs/smoke/hub and stops
     python train/publish.py runs/smoke --repo user/name --push --private
 
+Look the prepared folder over and edit the card where you like: the same command with --push uploads it as it then is.
+
 The folder holds sharded safetensors, the config with its auto_map, the Python files, tokenizer, generation config,
 facts.json, the plots and README.md, rendered from model_cards/template.md. The token comes from `hf auth login` or
 HF_TOKEN, never from the command line, and is written nowhere.
@@ -12,16 +14,19 @@ HF_TOKEN, never from the command line, and is written nowhere.
 
 import argparse
 import json
+import math
 import shutil
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from modeling_coe.folders import changes_since_written, whole_or_nothing, written_about
 from modeling_coe.routing import Routing, plot_routing, record_routing
 from modeling_coe.train.arguments import command_line
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
@@ -52,11 +57,75 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def read_json(path: Path, kind: type):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; name the folder of a finished run, which has one.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged: it holds no {kind.__name__}.")
+    return content
+
+
+class Record(dict):
+    """A JSON file of the run."""
+
+    def __init__(self, path: Path):
+        super().__init__(read_json(path, dict))
+        self.path = path
+
+    def __missing__(self, name: str):
+        raise ValueError(f"{self.path} lacks `{name}`; name the folder of a finished run, or finish it.")
+
+
+def check_options(options: argparse.Namespace):
+    """Raises ValueError, naming an option that has no use or would be refused by the Hub."""
+    for name in ("repo", "base_model", "dataset_id"):
+        if (value := getattr(options, name)) is not None:
+            validate_repo_id(value)  # a HFValidationError is a ValueError
+    if "/" not in options.repo:
+        raise ValueError(f"`--repo {options.repo}` has no owner; name it as user/{options.repo}.")
+    if options.watts is not None and not 0 < options.watts < math.inf:
+        raise ValueError(f"`--watts {options.watts}` must be above 0; leave it out for an estimate.")
+    if options.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens {options.max_new_tokens}` must be at least 1.")
+
+
+def check_run(folder: Path):
+    """Raises ValueError unless `folder` is there, holds a model of its own and has files in it, not links to some."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; name the folder of a finished run.")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds a LoRA adapter; merge it into its model and publish that.")
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a link or no file; only files are published. Put a copy in its place.")
+    for name in CURVE_FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: no such file; the card shows it.")
+
+
+def is_place(name: str) -> bool:
+    """A path that means something on one machine alone, and tells of it."""
+    return name.startswith(("/", "~", "..")) or PureWindowsPath(name).is_absolute()
+
+
+def without_places(facts):
+    """The same facts, with the last name alone of every place on this machine."""
+    if isinstance(facts, dict):
+        return {name: without_places(value) for name, value in facts.items()}
+    if isinstance(facts, list):
+        return [without_places(value) for value in facts]
+    return PureWindowsPath(facts).name if isinstance(facts, str) and is_place(facts) else facts
+
+
 def check_known(options: argparse.Namespace, run: dict, samples: list[dict]):
     """Raises ValueError, naming the fact that neither the run nor the command line states, and the option for it."""
     if options.dataset_license is None and run["dataset"] != "word_problems":
         raise ValueError(f"The license of `{run['dataset']}` is unknown; state it with --dataset-license.")
-    if options.dataset_id is None and Path(run["dataset"]).is_absolute():
+    if options.dataset_id is None and is_place(run["dataset"]):
         raise ValueError(f"`{run['dataset']}` is a folder of this machine; name the data with --dataset-id.")
     if not is_from_scratch(run) and options.base_model is None and run["base"] is None:
         raise ValueError(f"`{run['model']}` does not say what it is made of; state its Hub id with --base-model.")
@@ -81,7 +150,7 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     names = ("metric", "name", "value", "count")
     watts = options.watts or (700 * torch.cuda.device_count() if "CPU" not in run["device"] else 15 * run["threads"])
     known = {name: value for name, value in run.items() if name != "base"}
-    return {
+    facts = {
         "repo": options.repo,
         "is_uploaded": options.push,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -101,6 +170,7 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
         "sample": speak(model, tokenizer, samples[0], options.max_new_tokens),
         "routing": routing_facts(route(model, tokenizer, samples)),
     }
+    return without_places(facts) | {"sample": facts["sample"]}
 
 
 def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
@@ -114,7 +184,7 @@ def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
     trained = None if options.base_model else base["base"] if upcycling else base
     if trained is not None:
         data = {run["dataset"]: options.dataset_id or run["dataset"]}.get(trained["dataset"], trained["dataset"])
-        if Path(data).is_absolute():
+        if is_place(data):
             raise ValueError(f"The base model was trained on `{data}`, a folder of this machine; state --base-model.")
         trained = {name: trained[name] for name in ("steps", "tokens", "validation_loss")} | {"data": data}
     if upcycling:
@@ -129,7 +199,7 @@ def control_facts(run: dict, folder: Path) -> dict:
     Raises:
         ValueError: the control had other steps, other data or another seed.
     """
-    control = json.loads((folder / "facts.json").read_text())
+    control = Record(folder / "facts.json")
     for name in ("dataset", "steps", "seed"):
         if control[name] != run[name]:
             raise ValueError(f"The control has `{name}={control[name]}`, the run `{run[name]}`; they must be equal.")
@@ -165,11 +235,8 @@ def routing_facts(routing: Routing) -> dict:
 
 def write_repository(options: argparse.Namespace, folder: Path):
     """Everything but the upload: load the run, gather the facts, save and render into `folder`."""
-    if (options.run / "adapter_config.json").exists():
-        raise ValueError(f"{options.run} holds a LoRA adapter; merge it into its model and publish that.")
-    run = json.loads((options.run / "facts.json").read_text())
-    record = json.loads((options.run / "run.json").read_text())
-    samples = json.loads((options.run / "samples.json").read_text())
+    run, record = Record(options.run / "facts.json"), Record(options.run / "run.json")
+    samples = read_json(options.run / "samples.json", list)
     model = AutoModelForCausalLM.from_pretrained(options.run).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run)
     facts = gather_facts(options, run, record, model, tokenizer, samples)
@@ -189,18 +256,42 @@ def write_repository(options: argparse.Namespace, folder: Path):
     refuse_secrets(folder)
 
 
+def prepared_for(options: argparse.Namespace) -> dict:
+    """What a prepared folder depends on: the options, and the files of the run with their sizes and times."""
+    chosen = {name: str(value) for name, value in vars(options).items() if name not in ("run", "push", "private")}
+    files = {path.name: path.stat() for path in sorted(options.run.iterdir()) if path.is_file()}
+    return {"options": chosen, "run": {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}}
+
+
+def prepare(options: argparse.Namespace, folder: Path):
+    """Write the folder, unless it is there for the same run and options and is now to be uploaded.
+
+    Raises:
+        ValueError: it would replace what was edited by hand.
+    """
+    made_from = prepared_for(options)
+    is_current = written_about(folder).get("made_from") == made_from
+    changes = changes_since_written(folder) if folder.exists() else []
+    if options.push and is_current:
+        print(f"{folder} is uploaded as it was prepared{''.join(f'; {change}' for change in changes)}.")
+        return
+    if changes:
+        reason = "--push uploads it as it is" if is_current else "the run or the options are no longer those it is of"
+        raise ValueError(f"{folder} is not prepared again: {changes[0]}; {reason}. Move it away to prepare it anew.")
+    with whole_or_nothing(folder, overwrite=True, made_from=made_from) as partial:
+        write_repository(options, partial)
+    print(f"Repository written to {folder}")
+
+
 @command_line
 def main(arguments: list[str] | None = None):
     options = parse_arguments(arguments)
+    check_options(options)
     if options.push:
         check_login()
-    folder, partial = options.run / "hub", options.run / ".hub.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_repository(options, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    print(f"Repository written to {folder}")
+    check_run(options.run)
+    folder = options.run / "hub"
+    prepare(options, folder)
     if options.push:
         print(f"Published: {push(folder, options.repo, options.private)}")
 
