@@ -140,12 +140,18 @@ class Handler(BaseHTTPRequestHandler):
             if path.startswith("lfs/"):
                 return self.store_blob(path.removeprefix("lfs/"), content)
             if path == "api/validate-yaml":
-                return self.reply(200, {"errors": [], "warnings": []})
+                return self.check_metadata(json.loads(content)["content"])
             if path == "api/repos/create":
                 return self.create(json.loads(content)) if is_user else self.refuse(401, "", "Log in first")
             return self.in_repository(path, content, is_user, is_write)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def check_metadata(self, card: str):
+        """The Hub's check of a card's head; one unknown license stands for everything that it refuses."""
+        is_known = "license: no-such-license" not in card
+        errors = [] if is_known else [{"message": '"license" must be one of [apache-2.0, mit, ...]'}]
+        self.reply(200 if is_known else 400, {"errors": errors, "warnings": []})
 
     def create(self, wanted: dict):
         name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"

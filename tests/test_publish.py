@@ -253,6 +253,16 @@ def test_published_again_with_fewer_shards_no_old_weights_remain(hub, published,
     assert set(hub.repositories["tester/again"].main) == {".gitattributes", "model-00001-of-00001.safetensors"}
 
 
+def test_a_card_that_the_hub_refuses_publishes_nothing(hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: no-such-license\n---\n")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    code = f"import hub, pathlib; hub.push(pathlib.Path({str(folder)!r}), 'tester/refused', is_private=False)"
+    assert "must be one of" in run_script(code, hub, tmp_path).stderr.splitlines()[-1]
+    assert list(hub.repositories["tester/refused"].main) == [".gitattributes"]
+
+
 def test_token_is_written_nowhere(hub, published):
     folder, result = published
     assert ("POST", f"api/models/{REPO}/commit/main") in hub.requests  # the token was really used
