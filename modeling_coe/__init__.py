@@ -44,10 +44,14 @@ for auto_class, model_class in {
 # By this table Trainer knows that label smoothing has to shift the labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["coe"] = "CoEForCausalLM"
 if is_peft_available():
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+    from peft.utils import constants
 
-    # `LoraConfig()` without targets adapts what it adapts in Mixtral.
-    LORA_TARGETS["coe"] = LORA_TARGETS["mixtral"]
+    # Each of PEFT's tuners, configured without targets, adapts what it adapts in Mixtral, or else in Llama. The
+    # feed-forward modules of both have no counterpart in CoE: its experts are parameters.
+    EXISTING = {"q_proj", "k_proj", "v_proj", "o_proj", "input_layernorm", "post_attention_layernorm", "norm"}
+    for table_name, table in vars(constants).items():
+        if table_name.endswith("_MODULES_MAPPING"):
+            table["coe"] = [name for name in table.get("mixtral", table.get("llama", ())) if name in EXISTING]
 
 
 def register_with_vllm():

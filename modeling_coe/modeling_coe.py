@@ -13,7 +13,7 @@ C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -449,14 +449,42 @@ class CoEPreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model, loading_info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
         except SafetensorError as error:
             raise OSError(
                 f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). "
                 "Nothing was loaded: download or save the checkpoint again."
             ) from error
+        if loading_info["missing_keys"]:
+            cls._refuse_lost_keys(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
+        return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _refuse_lost_keys(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):
+        """A tensor that the checkpoint's own configuration announces may not be replaced by random numbers.
+
+        New are a head that the checkpoint's class has not, and what the caller adds by changing the configuration.
+        """
+        if kwargs.get("state_dict") is None:
+            # An adapter's folder has no configuration.
+            with suppress(OSError):
+                stored = type(stored).from_dict(stored.get_config_dict(path, **kwargs)[0])
+        with torch.device("meta"):
+            announced = cls(stored)
+        lost = set(announced.state_dict()) & set(loading_info["missing_keys"])
+        lost -= {key for key, *_ in loading_info["mismatched_keys"]}
+        if announced.base_model is not announced and cls.__name__ not in (stored.architectures or ()):
+            lost = {key for key in lost if key.startswith(f"{cls.base_model_prefix}.")}
+        if lost:
+            names = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
+            raise ValueError(
+                f"The weights of `{path}` lack {len(lost)} tensors that its configuration announces: {names}. They "
+                "would be random: download, convert or save the checkpoint again."
+            )
 
     def _resolve_parallel_plans(self, distributed_config):
         """transformers' plans, in which FSDP2 gathers a shared pool when it is visited, not with its first layer."""

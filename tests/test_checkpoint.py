@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SMALL, build, tokens
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -175,6 +176,67 @@ def test_missing_shard_is_refused_by_name(model, tmp_path):
     lost.unlink()
     with pytest.raises(OSError, match=lost.name):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def save_without(model, folder, *names):
+    """A checkpoint as an interrupted conversion may leave it: whole, but for some tensors."""
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    for name in names:
+        del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+ROUTER, HEAD = "model.layers.1.mlp.gate.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    "lost", [ROUTER, "model.layers.0.mlp.experts.down_proj", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_checkpoint_without_one_of_its_tensors_is_refused_by_name(model, tmp_path, lost):
+    save_without(model, tmp_path, lost)
+    for auto_class in AUTO_CLASSES:
+        if lost == HEAD and auto_class is not AutoModelForCausalLM:
+            auto_class.from_pretrained(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=f"lack 1 tensors .*{lost.removeprefix('model.')}"):
+                auto_class.from_pretrained(tmp_path)
+
+
+def test_a_classifier_without_its_head_is_refused_and_a_new_head_is_not(model, tmp_path):
+    save_without(build(modeling_coe.CoEForSequenceClassification), tmp_path / "lost", "score.weight")
+    with pytest.raises(ValueError, match=r"score\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "lost")
+    build(modeling_coe.CoEModel).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "causal")
+    for folder in ("base", "causal"):
+        for auto_class in AUTO_CLASSES:
+            auto_class.from_pretrained(tmp_path / folder)
+    with pytest.raises(ValueError, match="lack 1 tensors"):
+        save_without(build(modeling_coe.CoEModel), tmp_path / "base", ROUTER.removeprefix("model."))
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def test_what_the_caller_adds_to_a_checkpoint_is_new_and_not_lost(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    wider = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=4, iteration_scale=True)
+    assert torch.equal(wider.model.layers[1].mlp.gate.weight, model.model.layers[1].mlp.gate.weight)
+    assert torch.equal(wider.model.layers[3].mlp.iteration_scale, torch.ones(3))
+    _, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, num_local_experts=9, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(info["mismatched_keys"]) == 2 * 3
+    config = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, config=config).config.num_hidden_layers == 3
+
+
+def test_tied_and_adapted_checkpoints_lack_nothing(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = build(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    tied = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    peft.get_peft_model(tied, peft.LoraConfig()).save_pretrained(tmp_path / "adapter")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").model.layers[0].self_attn.q_proj.lora_A
 
 
 @pytest.mark.parametrize("change", [{"num_local_experts": 9}, {"num_iterations": 2}, {"hidden_size": 96}])

@@ -12,7 +12,9 @@ from conftest import SMALL, build, tokens
 
 peft = pytest.importorskip("peft")
 
-from modeling_coe import CoEConfig, CoEForCausalLM, CoEForSequenceClassification  # noqa: E402, after the skip
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING  # noqa: E402, after the skip
+
+from modeling_coe import CoEConfig, CoEForCausalLM, CoEForSequenceClassification  # noqa: E402
 from modeling_coe.adapters import ROUTERS, count_adapted, lora_config  # noqa: E402
 
 
@@ -159,6 +161,52 @@ def test_all_linear_adapts_attention_and_the_shared_expert_and_not_the_experts()
 def test_lora_config_without_targets_adapts_what_it_adapts_in_mixtral():
     model = peft.get_peft_model(build(), peft.LoraConfig())
     assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == {"q_proj", "v_proj"}
+
+
+# What a small model needs beside the default.
+TUNERS = {
+    "ADALORA": {"total_step": 10},
+    "BOFT": {},
+    "C3A": {"block_size": 64},
+    "DELORA": {},
+    "FOURIERFT": {},
+    "HIRA": {},
+    "HRA": {},
+    "IA3": {},
+    "LN_TUNING": {},
+    "LOHA": {},
+    "LOKR": {},
+    "LORA": {},
+    "MISS": {},
+    "OFT": {},
+    "PSOFT": {},
+    "RANDLORA": {},
+    "ROAD": {},
+    "SHIRA": {},
+    "VBLORA": {"vector_length": 64},
+    "VERA": {},
+    "WAVEFT": {},
+    "OSF": {},
+    "BEFT": {},
+    "GRALORA": {},
+    "PEANUT": {},
+    "TINYLORA": {},
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_every_tuner_without_targets_trains_what_it_trains_in_mixtral(tuner):
+    if tuner not in PEFT_TYPE_TO_TUNER_MAPPING:
+        pytest.skip(f"this PEFT has no {tuner}")
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    model = peft.get_peft_model(build(**sizes), PEFT_TYPE_TO_CONFIG_MAPPING[tuner](**TUNERS[tuner]))
+    inputs = tokens(2, 7)
+    model.train()(input_ids=inputs, labels=inputs).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    adapted = "norm" if tuner == "LN_TUNING" else "self_attn"
+    shared = ("vera_", "randlora_", "vblora_", "tinylora_")  # one basis for all modules
+    assert all(adapted in name or any(part in name for part in shared) for name in trained), trained
 
 
 @pytest.mark.slow
