@@ -28,8 +28,8 @@ logger = logging.get_logger(__name__)
 WRITTEN = "written.json"
 
 
-def require_model(option: str, name: str | os.PathLike):
-    """Fails at once where `name` is neither a folder or file of this machine nor a model of the Hub.
+def require_model(option: str, name: str | os.PathLike, file: str = "config.json"):
+    """Fails at once where `name` is neither a folder or file of this machine nor a model of the Hub, which has `file`.
 
     Raises:
         ValueError: naming the option, its value and the nearest name there is.
@@ -41,11 +41,11 @@ def require_model(option: str, name: str | os.PathLike):
     suggestion = _suggestion(path)
     if path.suffix == ".json" or name.startswith((".", "~")) or not _may_be_on_the_hub(name):
         raise ValueError(f"`{option}={name}`: no such folder or file.{suggestion}")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(try_to_load_from_cache(name, file), str):
         return
     try:
         # One question. What transformers asks is repeated for half a minute where there is no network.
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=5)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

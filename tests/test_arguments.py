@@ -2,12 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes and command lines: what is written is what a run gets, and what cannot be is refused with the remedy."""
 
+import json
 import sys
+import time
 
 import pytest
+from conftest import whitespace_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from modeling_coe.train import generate
-from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, command_line, parse
+from modeling_coe.train import eval_lm, finetune, generate, plan, pretrain, show_routing
+from modeling_coe.train.arguments import (
+    DataArguments,
+    FinetuneArguments,
+    LayoutArguments,
+    LoraArguments,
+    ModelArguments,
+    PretrainArguments,
+    command_line,
+    parse,
+)
 from modeling_coe.train.upcycle import UpcycleArguments
 
 
@@ -105,3 +118,146 @@ def test_help_has_the_recipe_first_then_the_script_s_own_options_and_inherited_o
     assert places == sorted(places)
     assert "--max_grad_norm" not in brief and full.index("--skip_logits ") < full.index("--max_grad_norm ")
     assert "(default: None)" not in full and "--skip-logits" not in full
+
+
+SCRIPTS = {
+    pretrain: ["--use_cpu", "true"],
+    finetune: ["--use_cpu", "true"],
+    eval_lm: [],
+    show_routing: [],
+    generate: ["--question", "How many?"],
+    plan: ["--recipe", "configuration/pretrain/smoke.yaml", "--gpu", "8GB"],
+}
+scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__.rpartition(".")[2])
+
+
+@scripts
+@pytest.mark.parametrize("name", ["./nope", "nope/", "~/nope", "nope.json", "/runs/a/b/nope", "runs/smok"])
+def test_a_mistyped_path_is_named_at_once(script, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    recipe = [str(pretrain.Path(word).resolve()) if word.endswith("yaml") else word for word in SCRIPTS[script]]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"model={name}`: no such folder") as error:
+        script.main([*recipe, "--model", name])
+    assert time.monotonic() - start < 10
+    assert ("Did you mean runs/smoke?" in str(error.value)) == (name == "runs/smok")
+
+
+def test_a_mistyped_tokenizer_is_named_at_once():
+    with pytest.raises(ValueError, match=r"tokenizer=configuration/tokens`: no such folder"):
+        parse(ModelArguments, arguments=["--tokenizer", "configuration/tokens"])
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """A checkpoint of another type, and its configuration as a preset beside it."""
+    folder = tmp_path_factory.mktemp("mixtral") / "checkpoint"
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    model.save_pretrained(folder)
+    whitespace_tokenizer().save_pretrained(folder)
+    model.config.to_json_file(folder.with_name("preset.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "is_preset"),
+    [(pretrain, True), (pretrain, False), (finetune, False), (show_routing, False), (plan, True), (plan, False)],
+)
+def test_a_model_of_another_type_is_refused_before_any_work(script, is_preset, mixtral, tmp_path, monkeypatch):
+    if script is not plan:
+        monkeypatch.setattr(script, "load_documents", None)
+    model = mixtral.with_name("preset.json") if is_preset else mixtral
+    output = [] if script is plan else ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=rf"model={model}` is a model of the type 'mixtral'.*upcycle.py"):
+        script.main([*SCRIPTS[script], "--model", str(model), *output])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [finetune, eval_lm, show_routing, generate])
+def test_a_preset_is_no_checkpoint(script, tmp_path):
+    output = [] if script is generate else ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="preset without weights"):
+        script.main([*SCRIPTS[script], "--model", "configuration/models/coe_micro.json", *output])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "without `model_type`"), ('{"model_type": "coee"}', "'coee'"), ("{", "valid JSON"), ("", "valid JSON")],
+)
+def test_a_preset_that_is_none_is_refused(content, message, tmp_path):
+    preset = tmp_path / "preset.json"
+    preset.write_text(content)
+    with pytest.raises((ValueError, OSError), match=rf"{preset}.*{message}|{message}.*{preset}|{preset}"):
+        pretrain.main(["--use_cpu", "true", "--model", str(preset), "--output_dir", str(tmp_path / "run")])
+
+
+def test_an_adapter_is_no_model_to_start_from(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="is an adapter; merge it"):
+        finetune.main([*SCRIPTS[finetune], "--model", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("training", [PretrainArguments, FinetuneArguments])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps=0` must be at least 1"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size=0` must be at least 1"),
+        ("--per_device_eval_batch_size -1", "per_device_eval_batch_size=-1` must be at least 1"),
+        ("--learning_rate nan", "learning_rate=nan` must be at least 0, and finite"),
+        ("--learning_rate -1", "learning_rate=-1.0` must be at least 0"),
+        ("--weight_decay inf", "weight_decay=inf` must be"),
+        ("--max_grad_norm nan", "max_grad_norm=nan` must be"),
+        ("--warmup_steps -5", "warmup_steps=-5.0` must be at least 0"),
+        ("--seed -1", "seed=-1` must be at least 0"),
+        ("--max_steps 0", "max_steps=0` must be at least 1; leave it out"),
+        ("--num_train_epochs 0", "num_train_epochs=0.*max_steps"),
+        ("--save_only_model true", "save_only_model=True` is not supported.*Leave it out"),
+        ("--ignore_data_skip true", "ignore_data_skip=True` is not supported"),
+        ("--load_best_model_at_end true --save_strategy no", "load_best_model_at_end=True` is not supported"),
+        ("--push_to_hub true", "push_to_hub=True.*publish.py"),
+        ("--lr_scheduler_kwargs {num_decay_steps:3}", "lr_scheduler_kwargs={num_decay_steps:3}` is no JSON"),
+        ('--lr_scheduler_kwargs {"decay":3}', "lr_scheduler_kwargs=.*do not fit `lr_scheduler_type="),
+        ("--lr_scheduler_kwargs 7", "lr_scheduler_kwargs=7` do not fit"),
+        ("--lr_scheduler_type warmup_stable_decay", "do not fit `lr_scheduler_type=.*num_decay_steps"),
+    ],
+)
+def test_impossible_training_is_refused_by_name(training, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(training, arguments=["--use_cpu", "true", "--output_dir", "unused", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "message"),
+    [
+        (FinetuneArguments, "--use_cpu true --max_length 1024", "max_length=1024.*set `sequence_length`"),
+        (FinetuneArguments, "--use_cpu true --dataset_text_field body", "dataset_text_field=body.*set `text_column`"),
+        (LoraArguments, "--lora_r 16", "lora_r=16.*set `lora=true`"),
+        (LoraArguments, "--lora_experts false", "lora_experts=False.*set `lora=true`"),
+        (LoraArguments, "--load_in_4bit true", "load_in_4bit=True.*set `lora=true`"),
+        (LoraArguments, "--lora true --lora_r 0", "lora_r=0` must be at least 1"),
+        (LoraArguments, "--lora true --lora_router ful", "lora_router=ful` must be one of"),
+        (LayoutArguments, "--fsdp_size 0", "fsdp_size=0` must be at least 1"),
+        (eval_lm.EvaluationArguments, "--batch_size 0", "batch_size=0` must be at least 1"),
+        (show_routing.RoutingArguments, "--documents 0", "documents=0` must be at least 1"),
+        (DataArguments, "--max_new_tokens 0", "max_new_tokens=0` must be at least 1"),
+        (DataArguments, "--scored_problems -1", "scored_problems=-1` must be at least 0"),
+    ],
+)
+def test_options_without_effect_or_meaning_are_refused_by_name(arguments, words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments, arguments=words.split())
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "remedy"),
+    [(pretrain, "drop_long_documents", "split_long_documents"), (finetune, "split_long_documents", "drop_long")],
+)
+def test_long_documents_are_cut_in_pretraining_and_dropped_in_fine_tuning(script, option, remedy):
+    with pytest.raises(ValueError, match=f"{option}=true` is for .*set `{remedy}"):
+        script.main([*SCRIPTS[script], f"--{option}", "true", "--model", "configuration/models/coe_micro.json"])

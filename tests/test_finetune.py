@@ -401,9 +401,12 @@ def test_the_micro_batch_shrinks_and_the_tokens_of_a_step_stay():
         output_dir="unused", per_device_train_batch_size=12, gradient_accumulation_steps=1, report_to="none",
         auto_find_batch_size=True, use_cpu=True, save_strategy="no",
     )  # fmt: skip
-    arguments.fit_micro_batch(training, config, setup, memory)
-    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 3)
-    assert not training.auto_find_batch_size
+    fitted = arguments.fit_micro_batch(training, config, setup, memory)
+    assert (fitted.per_device_train_batch_size, fitted.gradient_accumulation_steps) == (4, 3)
+    assert not fitted.auto_find_batch_size
+    # What was parsed stays as it was.
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (12, 1)
+    assert training.auto_find_batch_size
     with pytest.raises(ValueError, match="Not one sequence of 64 tokens fits"):
         arguments.fit_micro_batch(training, config, setup, 1000)
     with pytest.raises(ValueError, match="fits CUDA GPUs"):

@@ -374,7 +374,9 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(preset, tmp_path, monkey
 
 
 def test_a_run_shorter_than_its_first_point_of_the_curve_leaves_its_facts(preset, tmp_path):
-    pretrain.main(options(preset, tmp_path, max_steps=3, logging_steps=50, save_strategy="no", eval_strategy="no"))
+    short = {"max_steps": 3, "warmup_steps": 5, "logging_steps": 50, "save_strategy": "no", "eval_strategy": "no"}
+    with pytest.warns(UserWarning, match="`warmup_steps=5` are more than the 3 steps"):
+        pretrain.main(options(preset, tmp_path, **short))
     assert json.loads((tmp_path / "facts.json").read_text())["steps"] == 3
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 

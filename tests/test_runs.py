@@ -140,9 +140,10 @@ def test_a_run_of_the_same_sizes_from_other_weights_is_another_run(model, tmp_pa
 def test_a_changed_recipe_is_another_run(model, tmp_path, change, field):
     documents = Dataset.from_dict({"text": ["w5"]})
     (tmp_path / "checkpoint-2").mkdir()
-    match_record(tmp_path, record(model, documents, lr_scheduler_type="warmup_stable_decay"))
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}}
+    match_record(tmp_path, record(model, documents, **schedule))
     with pytest.raises(ValueError, match=f"holds a run with `{field}="):
-        match_record(tmp_path, record(model, documents, lr_scheduler_type="warmup_stable_decay", **change))
+        match_record(tmp_path, record(model, documents, **schedule | change))
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten_by_another_run(model, tmp_path):

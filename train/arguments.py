@@ -12,20 +12,26 @@ import math
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments, get_scheduler
 from transformers.distributed import DistributedConfig
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 from trl import SFTConfig, TrlParser
 
 from modeling_coe import CoEConfig
+from modeling_coe.adapters import ROUTERS
 from modeling_coe.budget import TrainingSetup, largest_micro_batch
+from modeling_coe.folders import require_model
 
 
 @dataclass
@@ -52,15 +58,46 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if not self.model:
-            raise ValueError("`model` is empty; name a preset such as configuration/models/coe_tiny.json.")
+        require_model("model", find_configuration(self.model))
+        if self.tokenizer is not None:
+            require_model("tokenizer", self.tokenizer, "tokenizer_config.json")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"`dtype={self.dtype}` must be float32 or bfloat16.")
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether the model is a configuration without weights."""
+        return Path(self.model).suffix == ".json"
 
     def load_options(self) -> dict[str, str]:
         """The keyword arguments of `from_config` and `from_pretrained`."""
         options = {name: getattr(self, name) for name in ("attn_implementation", "experts_implementation", "dtype")}
         return {name: value for name, value in options.items() if value is not None}
+
+
+def read_config(model: str) -> CoEConfig:
+    """The configuration of a preset, a checkpoint or a model on the Hub.
+
+    Raises:
+        ValueError: it is not that of a Chain-of-Experts.
+    """
+    found = find_configuration(model)
+    if (Path(found) / "adapter_config.json").is_file() and not (Path(found) / "config.json").is_file():
+        raise ValueError(f"`model={model}` is an adapter; merge it into its base model first, and name the result.")
+    kind = PreTrainedConfig.get_config_dict(found)[0].get("model_type")
+    if kind != CoEConfig.model_type:
+        what = f"a model of the type {kind!r}" if kind else "a configuration without `model_type`"
+        raise ValueError(
+            f"`model={model}` is {what}, not a Chain-of-Experts ('{CoEConfig.model_type}'); train/upcycle.py converts "
+            "checkpoints, and configuration/models/ has presets."
+        )
+    return AutoConfig.from_pretrained(found)
+
+
+def require_weights(model: str):
+    """Raise where a script that starts from a checkpoint was given a preset."""
+    if Path(model).suffix == ".json":
+        raise ValueError(f"`model={model}` is a preset without weights; name a checkpoint, or pretrain it.")
 
 
 @dataclass
@@ -79,6 +116,9 @@ class LayoutArguments:
         },
     )
     dp_replicate_size: int = field(default=1, metadata={"help": "Copies of such a group, one per node for instance."})
+
+    def __post_init__(self):
+        require_least(self, dict.fromkeys(vars(self), 1))
 
     def distributed_config(self) -> DistributedConfig | None:
         """For `from_pretrained(distributed_config=...)`; None when nothing is to be sharded."""
@@ -121,15 +161,9 @@ class DataArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer."})
 
     def __post_init__(self):
-        for name in ("sequence_length", "max_new_tokens", "train_problems", "validation_problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
-        for name in ("max_train_documents", "max_validation_documents", "validation_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}` must be at least 1; leave it out for the default.")
-        if self.scored_problems < 0:
-            raise ValueError(f"`scored_problems={self.scored_problems}` must be 0 (none) or positive.")
+        names = "sequence_length max_new_tokens train_problems validation_problems max_train_documents".split()
+        require_least(self, dict.fromkeys([*names, "max_validation_documents", "validation_size"], 1))
+        require_least(self, {"scored_problems": 0})
 
 
 @dataclass
@@ -165,13 +199,11 @@ class PretrainArguments(TrainingArguments):
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
 
     def __post_init__(self):
+        check_values(self)
         super().__post_init__()
+        check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_pool_rate(self.pool_learning_rate_factor)
-        if self.logging_nan_inf_filter:
-            raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
-        if self.load_best_model_at_end:
-            raise ValueError("`load_best_model_at_end=True` is not supported: pretraining keeps the last model.")
         if self.save_strategy == "steps" and self.save_steps % self.logging_steps != 0:
             raise ValueError(
                 f"`save_steps={self.save_steps}` must be a multiple of `logging_steps={self.logging_steps}`, or the "
@@ -193,6 +225,8 @@ class FinetuneArguments(SFTConfig):
         default=None, metadata={"help": "Keep a layer's input only; recompute."}
     )
     bf16: bool | None = field(default=False, metadata={"help": "Autocast to bf16, which CPUs compute slowly."})
+    max_length: int | None = field(default=None, metadata={"help": "Not here: set `sequence_length`."})
+    dataset_text_field: str | None = field(default=None, metadata={"help": "Not here: set `text_column`."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay false: it hides a NaN loss."})
     pool_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "Times the learning rate, for experts that several layers share."}
@@ -203,11 +237,88 @@ class FinetuneArguments(SFTConfig):
     )
 
     def __post_init__(self):
+        for name, ours in {"max_length": "sequence_length", "dataset_text_field": "text_column"}.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}={getattr(self, name)}` is TRL's name; set `{ours}` instead.")
+        self.dataset_text_field = "text"
+        check_values(self)
         super().__post_init__()
+        check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_pool_rate(self.pool_learning_rate_factor)
-        if self.logging_nan_inf_filter:
-            raise ValueError("`logging_nan_inf_filter=True` would hide a NaN loss; leave it false.")
+
+
+# A run that is resumed exactly, and a folder whose content is known, have no room for these options of Trainer.
+REFUSED = {
+    "logging_nan_inf_filter": "it would hide a NaN loss",
+    "load_best_model_at_end": "a run keeps its last model",
+    "save_only_model": "a run that was killed could not continue as if nothing had happened",
+    "ignore_data_skip": "a resumed run would see the first documents again",
+    "push_to_hub": "train/publish.py uploads a finished run",
+}
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "label_smoothing_factor": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+
+
+def check_values(training: TrainingArguments):
+    """Refuse by name what Trainer ignores, fails on from inside, or trains wrongly with."""
+    for name, reason in REFUSED.items():
+        if getattr(training, name):
+            raise ValueError(f"`{name}=True` is not supported: {reason}. Leave it out.")
+    require_least(training, LEAST)
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise ValueError(f"`max_steps={training.max_steps}` must be at least 1; leave it out to train whole epochs.")
+    if training.max_steps == -1 and training.num_train_epochs == 0:
+        raise ValueError("`num_train_epochs=0` trains nothing; raise it, or set `max_steps`.")
+    for name in training._VALID_DICT_FIELDS:
+        if isinstance(text := getattr(training, name), str) and text.startswith("{"):
+            try:
+                json.loads(text)
+            except ValueError as error:
+                raise ValueError(f'`{name}={text}` is no JSON: {error}. Quote keys and texts with ".') from error
+
+
+def check_schedule(training: TrainingArguments):
+    """Build the learning rate's schedule once, for an optimizer of nothing, to see that its arguments fit it."""
+    steps, options = max(training.max_steps, 1), training.lr_scheduler_kwargs or {}
+    try:
+        # Some schedules drop what they do not know.
+        signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(training.lr_scheduler_type)]).bind_partial(**options)
+        get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
+            num_warmup_steps=training.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs={training.lr_scheduler_kwargs}` do not fit `lr_scheduler_type="
+            f"{training.lr_scheduler_type}`: {error}."
+        ) from error
+
+
+def require_least(arguments, least: dict[str, float]):
+    """Raise for the first value, if there is one, that is below its least one, or not finite."""
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and not smallest <= value < math.inf:
+            raise ValueError(f"`{name}={value}` must be at least {smallest}, and finite.")
 
 
 def check_pool_rate(factor: float):
@@ -231,12 +342,17 @@ class LoraArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the frozen experts in 4 bits."})
 
     def __post_init__(self):
-        if self.load_in_4bit and not self.lora:
-            raise ValueError("`load_in_4bit=true` freezes what it quantises; set `lora=true` with it.")
+        if not self.lora:
+            for option in fields(self):
+                if (value := getattr(self, option.name)) != option.default:
+                    raise ValueError(f"`{option.name}={value}` has a meaning for LoRA alone; set `lora=true` with it.")
+        require_least(self, {"lora_r": 1, "lora_alpha": 1})
+        if self.lora_router not in ROUTERS:
+            raise ValueError(f"`lora_router={self.lora_router}` must be one of {ROUTERS}.")
 
 
 # What `modeling_coe.budget` calls the optimizers of Trainer, and whether their states leave the device.
-OPTIMIZERS = {
+TRAINER_OPTIMIZERS = {
     "adamw_torch": ("adamw", False),
     "adamw_torch_fused": ("adamw", False),
     "adamw_torch_8bit": ("adamw_8bit", False),
@@ -253,9 +369,11 @@ def training_setup(model: ModelArguments, training: TrainingArguments, sequence_
     Raises:
         ValueError: an optimizer whose memory is not known.
     """
-    if training.optim not in OPTIMIZERS:
-        raise ValueError(f"The memory of `optim={training.optim}` is not known, only that of {tuple(OPTIMIZERS)}.")
-    optimizer, offload = OPTIMIZERS[training.optim]
+    if training.optim not in TRAINER_OPTIMIZERS:
+        raise ValueError(
+            f"The memory of `optim={training.optim}` is not known, only that of {tuple(TRAINER_OPTIMIZERS)}."
+        )
+    optimizer, offload = TRAINER_OPTIMIZERS[training.optim]
     return TrainingSetup(
         batch_size=training.per_device_train_batch_size,
         sequence_length=sequence_length,
@@ -281,7 +399,9 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] - 2**29
 
 
-def fit_micro_batch(training: TrainingArguments, config: CoEConfig, setup: TrainingSetup, memory: int):
+def fit_micro_batch(
+    training: TrainingArguments, config: CoEConfig, setup: TrainingSetup, memory: int
+) -> TrainingArguments:
     """`auto_find_batch_size` with the tokens of a step kept: the largest micro-batch predicted to fit `memory` bytes.
 
     Where Trainer halves the batch and trains on fewer tokens a step, accumulation makes up for it here.
@@ -297,8 +417,10 @@ def fit_micro_batch(training: TrainingArguments, config: CoEConfig, setup: Train
             "`python train/plan.py` tells what to change."
         )
     size = max(divisor for divisor in range(1, min(largest, rows) + 1) if rows % divisor == 0)
-    training.per_device_train_batch_size, training.gradient_accumulation_steps = size, rows // size
-    training.auto_find_batch_size = False
+    fitted = copy(training)
+    fitted.per_device_train_batch_size, fitted.gradient_accumulation_steps = size, rows // size
+    fitted.auto_find_batch_size = False
+    return fitted
 
 
 def command_line(main: Callable) -> Callable:

@@ -43,6 +43,17 @@ class AtomicCheckpoints:
     _is_saving = False
     _sum_of_losses = 0.0
 
+    def create_scheduler(self, num_training_steps: int, *args, **kwargs):
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        decay = (self.args.lr_scheduler_kwargs or {}).get("num_decay_steps") or 0
+        if warmup + decay > num_training_steps:
+            warnings.warn(
+                f"`warmup_steps={warmup}`{f' and `num_decay_steps={decay}`' if decay else ''} are more than the "
+                f"{num_training_steps} steps of this run: the learning rate does not go through its schedule.",
+                stacklevel=2,
+            )
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
+
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         # A sum on the device shows at the next save that one of them was not finite, without waiting for each.

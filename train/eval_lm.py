@@ -21,7 +21,14 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
+from modeling_coe.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    command_line,
+    parse,
+    require_least,
+    require_weights,
+)
 from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
 from modeling_coe.train.report import environment, keep_output_short
 from modeling_coe.train.runs import result_folder, write_json
@@ -36,7 +43,10 @@ class EvaluationArguments:
     tasks: list[str] = field(default_factory=list, metadata={"help": "lm_eval tasks, by name."})
     task_folder: str | None = field(default=None, metadata={"help": "Folder with YAML files of local lm_eval tasks."})
     task_limit: int | None = field(default=None, metadata={"help": "Score only the first examples of each task."})
-    seed: int = field(default=0, metadata={"help": "Of generated or split documents; the training run's is 42."})
+    seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's."})
+
+    def __post_init__(self):
+        require_least(self, {"batch_size": 1, "task_limit": 1, "seed": 0})
 
 
 def load(arguments: ModelArguments) -> PreTrainedModel:
@@ -81,6 +91,7 @@ def main(arguments: list[str] | None = None):
         ModelArguments, DataArguments, EvaluationArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
+    require_weights(model_arguments.model)
     output = Path(evaluation.output_dir)
     with result_folder(output):
         evaluate(model_arguments, data, evaluation, output)

@@ -11,11 +11,11 @@ with the validation loss before and after.
 """
 
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 
 from datasets import DatasetDict
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     set_seed,
@@ -34,6 +34,8 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     command_line,
     parse,
+    read_config,
+    require_weights,
 )
 from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
@@ -83,9 +85,8 @@ def load_model(
     Raises:
         ValueError: a preset in place of a checkpoint, sequences longer than the context, or LoRA with a layout.
     """
-    if Path(arguments.model).suffix == ".json":
-        raise ValueError(f"`model={arguments.model}` is a preset without weights; name a checkpoint, or pretrain it.")
-    config = AutoConfig.from_pretrained(arguments.model)
+    require_weights(arguments.model)
+    config = read_config(arguments.model)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"`sequence_length={sequence_length}` exceeds the context of {arguments.model}, "
@@ -124,6 +125,9 @@ def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
     model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments, description=__doc__)
     keep_output_short()
+    if data.split_long_documents:
+        raise ValueError("`split_long_documents=true` is for pretraining; set `drop_long_documents=true` here.")
+    training = copy(training)
     training.max_length = data.sequence_length
     output = Path(training.output_dir)
     with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():

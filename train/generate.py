@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.train.arguments import command_line, parse
+from modeling_coe.folders import require_model
+from modeling_coe.train.arguments import command_line, parse, require_least, require_weights
 from modeling_coe.train.data import PROMPT
 from modeling_coe.train.report import keep_output_short
 
@@ -22,6 +23,11 @@ class GenerateArguments:
     question: str = field(metadata={"help": "One problem in words."})
     model: str = field(default="runs/smoke", metadata={"help": "Checkpoint folder or Hub id."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+
+    def __post_init__(self):
+        require_model("model", self.model)
+        require_weights(self.model)
+        require_least(self, {"max_new_tokens": 1})
 
 
 @command_line

@@ -16,7 +16,6 @@ import re
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
 
 from modeling_coe import CoEConfig
 from modeling_coe.budget import (
@@ -36,8 +35,8 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     PretrainArguments,
     command_line,
-    find_configuration,
     parse,
+    read_config,
     training_setup,
 )
 from modeling_coe.train.communication import Cluster, Layout, rank_memory, step_seconds, traffic
@@ -185,7 +184,7 @@ def main(arguments: list[str] | None = None):
         if not torch.cuda.is_available():
             parser.error("this machine has no CUDA GPU; name one's memory with --gpu 8GB")
         options.gpu = torch.cuda.get_device_properties(0).total_memory
-    config = AutoConfig.from_pretrained(find_configuration(model.model))
+    config = read_config(model.model)
     setup = training_setup(model, training, data.sequence_length)
     print(f"{model.model} under {options.recipe}\n")
     print_comparison(config, setup)

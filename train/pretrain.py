@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
@@ -32,10 +32,10 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     PretrainArguments,
     command_line,
-    find_configuration,
     fit_micro_batch,
     free_memory,
     parse,
+    read_config,
     training_setup,
 )
 from modeling_coe.train.checkpoints import (
@@ -119,11 +119,11 @@ def build_model(
     draw_seed: int | None,
 ):
     """A model with random weights from a preset, or the pretrained one of a checkpoint; sharded by a layout."""
-    if draw_seed is not None and not is_preset(arguments.model):
+    if draw_seed is not None and not arguments.is_preset:
         raise ValueError(
             f"`draw_by_name=True` initialises the weights, but `model={arguments.model}` has weights; drop it."
         )
-    config = AutoConfig.from_pretrained(find_configuration(arguments.model))
+    config = read_config(arguments.model)
     if sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"`sequence_length={sequence_length}` exceeds `max_position_embeddings={config.max_position_embeddings}` "
@@ -133,7 +133,7 @@ def build_model(
         setattr(config, name, getattr(tokenizer, name))
     options = arguments.load_options()
     source = arguments.model if layout is None or resumed is None else str(resumed)
-    if not is_preset(source):
+    if source != arguments.model or not arguments.is_preset:
         return AutoModelForCausalLM.from_pretrained(source, config=config, distributed_config=layout, **options)
     model = AutoModelForCausalLM.from_config(config, **options)
     if draw_seed is not None:
@@ -156,19 +156,18 @@ def draw_by_name(model, seed: int):
         model._init_weights(module)
 
 
-def is_preset(model: str) -> bool:
-    return Path(model).suffix == ".json"
-
-
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data_arguments, layout, training = parse(
         ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
+    if data_arguments.drop_long_documents:
+        raise ValueError("`drop_long_documents=true` is for fine-tuning; set `split_long_documents=true` here.")
+    config = read_config(model_arguments.model)
     output = Path(training.output_dir)
     with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():
-        pretrain(model_arguments, data_arguments, layout, training, output)
+        pretrain(model_arguments, data_arguments, layout, training, config.vocab_size)
 
 
 def pretrain(
@@ -176,13 +175,13 @@ def pretrain(
     data_arguments: DataArguments,
     layout: LayoutArguments,
     training: PretrainArguments,
-    output: Path,
+    vocab_size: int,
 ):
     """From documents to the final model and its facts, in a folder that is this run's."""
+    output = Path(training.output_dir)
     set_seed(training.seed)
     base = facts_of(model_arguments.model)
-    name = model_arguments.tokenizer or (None if is_preset(model_arguments.model) else model_arguments.model)
-    vocab_size = AutoConfig.from_pretrained(find_configuration(model_arguments.model)).vocab_size
+    name = model_arguments.tokenizer or (None if model_arguments.is_preset else model_arguments.model)
     with training.main_process_first():
         documents = load_documents(data_arguments, training.seed)
         tokenizer = load_tokenizer(name, documents["train"], vocab_size)
@@ -193,7 +192,7 @@ def pretrain(
     model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, draw_seed)
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
-        fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
+        training = fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
 
     if training.process_index == 0:
         settings = {"sequence_length": length, "split_long_documents": split}

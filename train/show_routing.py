@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.folders import facts_of
 from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
-from modeling_coe.train.arguments import DataArguments, ModelArguments, command_line, parse
+from modeling_coe.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    command_line,
+    parse,
+    read_config,
+    require_least,
+    require_weights,
+)
 from modeling_coe.train.data import load_documents, load_tokenizer
 from modeling_coe.train.report import draw, environment, keep_output_short, save_picture
 from modeling_coe.train.runs import result_folder, write_json
@@ -34,6 +42,9 @@ class RoutingArguments:
     output_dir: str = field(default="runs/routing", metadata={"help": "Takes routing.json and the pictures."})
     documents: int = field(default=64, metadata={"help": "Validation documents to read."})
     seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's is 42."})
+
+    def __post_init__(self):
+        require_least(self, {"documents": 1, "seed": 0})
 
 
 def kind_of(token: str) -> int:
@@ -86,6 +97,8 @@ def main(arguments: list[str] | None = None):
         ModelArguments, DataArguments, RoutingArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
+    require_weights(model_arguments.model)
+    read_config(model_arguments.model)
     output = Path(options.output_dir)
     with result_folder(output):
         show(model_arguments, data, options, output)
