@@ -48,6 +48,14 @@ def test_the_baseline_differs_from_the_chain_in_c_and_k_alone():
     assert parameters("coe_c2_k4_n64.json") - parameters("moe_k8_n64.json") == 4 * 64 * 1024
 
 
+def test_the_presets_with_one_pool_have_a_quarter_and_all_of_the_experts():
+    experts = 64 * 3 * 1024 * 704
+    own, quarter, whole = map(parameters, (f"coe_c2_k4_n{n}.json" for n in ("64", "64_pool4", "256_pool4")))
+    assert own - quarter == 3 * experts
+    # A router chooses among four times as many.
+    assert whole - own == 4 * 2 * (256 - 64) * 1024
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_parsed_as_written_and_its_first_comment_says_how_and_what(path, monkeypatch, tmp_path):
     monkeypatch.chdir(PROJECT)
