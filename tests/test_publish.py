@@ -258,8 +258,13 @@ def test_a_card_that_the_hub_refuses_publishes_nothing(hub, tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("---\nlicense: no-such-license\n---\n")
     (folder / "model.safetensors").write_bytes(b"weights")
-    code = f"import hub, pathlib; hub.push(pathlib.Path({str(folder)!r}), 'tester/refused', is_private=False)"
-    assert "must be one of" in run_script(code, hub, tmp_path).stderr.splitlines()[-1]
+    code = f"""
+        from modeling_coe.train import hub
+        from pathlib import Path
+        hub.push(Path({str(folder)!r}), "tester/refused", is_private=False)
+    """
+    result = run_script(code, hub, tmp_path)
+    assert "must be one of" in result.stderr, result.stderr[-3000:]
     assert list(hub.repositories["tester/refused"].main) == [".gitattributes"]
 
 
