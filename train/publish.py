@@ -32,6 +32,7 @@ from modeling_coe.train.arguments import command_line
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.train.hub import check_login, push, refuse_secrets
 from modeling_coe.train.report import save_picture
+from modeling_coe.train.runs import read_json
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # beside train/, in a wheel as well
@@ -57,23 +58,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_json(path: Path, kind: type):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; name the folder of a finished run, which has one.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} is damaged: it holds no {kind.__name__}.")
-    return content
-
-
 class Record(dict):
     """A JSON file of the run."""
 
     def __init__(self, path: Path):
-        super().__init__(read_json(path, dict))
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: it must hold names and values.")
+        super().__init__(content)
         self.path = path
 
     def __missing__(self, name: str):
@@ -102,9 +94,9 @@ def check_run(folder: Path):
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or no file; only files are published. Put a copy in its place.")
-    for name in CURVE_FILES:
+    for name in ("facts.json", "run.json", "samples.json", *CURVE_FILES):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; the card shows it.")
+            raise ValueError(f"{folder / name}: no such file; a finished run has one.")
 
 
 def is_place(name: str) -> bool:
@@ -236,7 +228,9 @@ def routing_facts(routing: Routing) -> dict:
 def write_repository(options: argparse.Namespace, folder: Path):
     """Everything but the upload: load the run, gather the facts, save and render into `folder`."""
     run, record = Record(options.run / "facts.json"), Record(options.run / "run.json")
-    samples = read_json(options.run / "samples.json", list)
+    samples = read_json(options.run / "samples.json")
+    if not isinstance(samples, list):
+        raise ValueError(f"{options.run / 'samples.json'} is damaged: it must hold a list.")
     model = AutoModelForCausalLM.from_pretrained(options.run).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.run)
     facts = gather_facts(options, run, record, model, tokenizer, samples)

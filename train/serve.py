@@ -38,7 +38,7 @@ from modeling_coe.train.arguments import command_line
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LONGEST_PROMPT = 2**20  # characters; longer ones are refused before they are tokenized
+LARGEST_BODY = 2**20  # bytes
 
 
 # JSON can hold half a surrogate pair, which no tokenizer takes; `encode` raises a ValueError that says so.
@@ -120,8 +120,6 @@ class Engine:
         """The token ids of the prompt, which leave room for an answer."""
         field = "messages" if isinstance(request, ChatRequest) else "prompt"
         text = self.render(request.messages) if field == "messages" else request.prompt
-        if len(text) > LONGEST_PROMPT:
-            refuse(field, f"The prompt has {len(text)} characters, {LONGEST_PROMPT} are allowed.")
         ids = self.tokenizer(text, add_special_tokens=field == "prompt")["input_ids"]
         context = self.model.config.max_position_embeddings
         if not 0 < len(ids) < context:
@@ -216,8 +214,8 @@ async def respond(engine: Engine, connection: Request, request: Options, kind: s
 
 
 def build_app(engine: Engine, hosts: list[str]) -> FastAPI:
-    responses = {status: {"description": "Refused, with a reason."} for status in (400, 404, 422)}
-    app = FastAPI(title="Chain-of-Experts", docs_url=None, redoc_url=None, responses=responses)
+    responses = {status: {"description": "Refused, with a reason."} for status in (400, 404, 413, 422)}
+    app = FastAPI(docs_url=None, redoc_url=None, responses=responses, max_body_size=LARGEST_BODY)
     # A web page whose name an attacker points to 127.0.0.1 sends that name.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
