@@ -106,7 +106,7 @@ def run_without_the_package(code, folder, variables=None):
     }
     return subprocess.run(
         [sys.executable, "-c", blocker + textwrap.dedent(code)],
-        cwd=folder, env=environment | (variables or {}), capture_output=True, text=True, timeout=240, check=False,
+        cwd=folder, env=environment | (variables or {}), capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
 
 

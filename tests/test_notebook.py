@@ -37,7 +37,7 @@ def test_notebook_runs_on_another_checkpoint(tmp_path, monkeypatch):
     whitespace_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setenv("COE_MODEL", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = nbclient.NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "CoE-3(2/7), 2 layers" in printed(cells[0])

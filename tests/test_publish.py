@@ -70,7 +70,7 @@ def run_script(code: str, hub: HubStandIn, home: Path, token: str | None = TOKEN
     environment = {**os.environ, **hub.environment(home, token), "PYTHONPATH": str(ROOT / "train")}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def test_upload_killed_in_the_middle_publishes_nothing_and_the_next_try_complete
         environment = {**os.environ, **hub.environment(tmp_path), "PYTHONPATH": str(ROOT / "train")}
         process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(command)], env=environment)
         try:
-            assert hub.stalled.wait(timeout=120)
+            assert hub.stalled.wait(timeout=600)
         finally:
             process.kill()
             process.wait()

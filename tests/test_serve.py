@@ -90,7 +90,7 @@ def refusal_of(url: str, content: bytes, **headers) -> urllib.error.HTTPError:
     """The answer to a request that is refused."""
     request = urllib.request.Request(url, content, {"Content-Type": "application/json", **headers})
     with pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(request, timeout=60)
+        urllib.request.urlopen(request, timeout=300)
     return refusal.value
 
 
@@ -302,7 +302,7 @@ def test_terminated_it_ends_although_requests_run_and_wait(server, client, check
         waiting = [crowd.submit(answer_without_end, client, checkpoint) for _ in range(2)]
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=120)
         for request in waiting:
             with pytest.raises(openai.APIError, match=r"shutting down|Connection error"):
                 request.result()

@@ -5,5 +5,9 @@
 from importlib.util import find_spec
 
 
-if missing := [name for name in ("accelerate", "datasets", "matplotlib", "peft", "trl") if find_spec(name) is None]:
+if missing := [
+    name
+    for name in ("accelerate", "datasets", "detect_secrets", "matplotlib", "peft", "trl")
+    if find_spec(name) is None
+]:
     raise ImportError(f"The scripts also need {', '.join(missing)}: pip install 'modeling-coe[train]'")
