@@ -141,7 +141,7 @@ def test_lm_eval_gives_the_same_answers_at_every_batch_size(checkpoint, tasks, n
     model, tokenizer = CoEForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
     answers = {}
     for size in (1, 16, "auto"):
-        engine = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=16)
+        engine = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=16, max_length=64)
         manager = TaskManager(include_path=str(tasks))
         run = simple_evaluate(engine, tasks=["choose", "write"], task_manager=manager, bootstrap_iters=0)
         scores = [float(pair[0]) for sample in run["samples"]["choose"] for pair in sample["filtered_resps"]]

@@ -1,11 +1,12 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding speed of vLLM beside transformers, the same random chain in one process, in turn in every round.
+"""Decoding speed of vLLM beside transformers, the same random chain, in turn in every round.
 
     OMP_NUM_THREADS=1 .venv-vllm/bin/python train/studies/serving_speed.py --output runs/vllm_speed.json
 
 It runs in the environment that `make test-vllm` made. A ratio is transformers' CPU time over vLLM's in the same round:
-above 1 vLLM is faster. The time includes the prompt of 32 tokens.
+above 1 vLLM is faster. The time includes the prompt of 32 tokens. transformers has a process of its own, because vLLM
+changes the class of the model in its process.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,7 +27,6 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 from transformers import AutoModelForCausalLM
-from vllm import LLM, SamplingParams
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 
@@ -43,37 +45,55 @@ def seconds(call) -> float:
     return time.process_time() - start
 
 
+def prompts(batch: int) -> torch.Tensor:
+    return torch.randint(3, 2000, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
+
+
+LOADED = {}  # transformers' model, in the process that has it
+
+
+def load(folder: str):
+    LOADED["model"] = AutoModelForCausalLM.from_pretrained(folder).eval()
+    LOADED["model"].generation_config.eos_token_id = None
+
+
+def with_transformers(batch: int) -> float:
+    generate = partial(LOADED["model"].generate, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return seconds(partial(generate, prompts(batch)))
+
+
 def measure(iterations: int, chosen: int, rounds: int) -> dict[str, dict]:
     """Per batch size the ratios of all rounds, and the median seconds of both."""
+    from vllm import LLM, SamplingParams
+
     torch.manual_seed(0)
     config = CoEConfig(**SIZES, num_iterations=iterations, num_experts_per_tok=chosen, initializer_range=0.05)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         CoEForCausalLM(config).save_pretrained(folder)
         engine = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=128, max_num_seqs=16,
                      disable_log_stats=True, enable_prefix_caching=False)  # fmt: skip
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model.generation_config.eos_token_id = None
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    results = {}
-    for batch in BATCHES:
-        ids = torch.randint(3, 2000, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-        prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
-        calls = (
-            lambda: model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False),  # noqa: B023, called in this round
-            lambda: engine.generate(prompts, sampling, use_tqdm=False),  # noqa: B023
-        )
-        for call in calls:
-            call()
-        pairs = [[seconds(call) for call in calls] for _ in range(rounds)]
-        ratios = [theirs / vllm for theirs, vllm in pairs]
-        results[f"batch {batch}"] = {
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "transformers_seconds": round(statistics.median(pair[0] for pair in pairs), 4),
-            "vllm_seconds": round(statistics.median(pair[1] for pair in pairs), 4),
-        }
+        with get_context("spawn").Pool(1, load, (folder,)) as other:
+            for batch in BATCHES:
+                requests = [{"prompt_token_ids": row} for row in prompts(batch).tolist()]
+                pairs = []
+                for _ in range(rounds + 1):
+                    theirs = other.apply(with_transformers, (batch,))
+                    pairs.append((theirs, seconds(partial(engine.generate, requests, sampling, use_tqdm=False))))
+                results[f"batch {batch}"] = summary(pairs[1:])  # the first warms up
     engine.llm_engine.engine_core.shutdown()
     return results
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict:
+    ratios = [theirs / vllm for theirs, vllm in pairs]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "transformers_seconds": round(statistics.median(theirs for theirs, _ in pairs), 4),
+        "vllm_seconds": round(statistics.median(vllm for _, vllm in pairs), 4),
+    }
 
 
 def main():
