@@ -188,13 +188,15 @@ def _has_kernel(weight: QuantizedWeight) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """`x W'` by the CPU's kernels, else with an expanded W; backward expands it, and W has no gradient."""
+    """`x W'` by the CPU's kernels, else with W expanded, as in backward; W has no gradient."""
 
     @staticmethod
     def forward(ctx, rows, weight):
         ctx.weight = weight
         rows = rows.to(weight.dtype).contiguous()
-        if weight.device.type != "cpu" or not _has_kernel(weight) or not (weight.bits == 8 or weight.packed):
+        on_cpu = weight.device.type == "cpu" and _has_kernel(weight) and (weight.bits == 8 or weight.packed)
+        # The kernels' time grows with every row; from about 64 on, a product with the expanded weight is faster.
+        if not on_cpu or len(rows) > 64:
             return rows @ weight.dequantize().t()
         if weight.bits == 8:
             return torch._weight_int8pack_mm(rows, weight.values, weight.scale.view(-1))

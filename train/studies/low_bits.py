@@ -1,0 +1,166 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""What experts of 8 and 4 bits save and how fast they decode: file, resident memory, tokens a second, all on CPU.
+
+    OMP_NUM_THREADS=1 python train/studies/low_bits.py --output model_cards/studies/low_bits.json
+
+A chain of the paper's shape, CoE-2(4/64), and transformers' Mixtral of the same size, MoE(8/64), both with `coe`
+experts in bf16 and random weights. Every round decodes with each model in turn, the first round is a warm-up. Seconds
+are CPU time of this process, which other processes cannot take away. A ratio is the time of the same family's bf16
+over a model's own in the same round: the median, and the quartiles beside it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, quantized_share
+from modeling_coe.train.report import environment
+from modeling_coe.train.runs import write_json
+
+
+PAPER = {
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 704, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "num_local_experts": 64,
+}  # fmt: skip
+TINY = PAPER | {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 8}
+FAMILIES = {
+    "CoE-2(4/64)": lambda sizes: CoEForCausalLM(CoEConfig(num_iterations=2, num_experts_per_tok=4, **sizes)),
+    "Mixtral MoE(8/64)": lambda sizes: MixtralForCausalLM(MixtralConfig(num_experts_per_tok=8, **sizes)),
+}
+VARIANTS = {
+    "bf16": None,
+    "experts int8": {"bits": 8},
+    "experts int4": {"bits": 4},
+    "experts int4, rest int8": {"bits": 4, "rest_bits": 8},
+}
+STEPS = {1: 16, 8: 6, 16: 4}
+# In a process of its own: what loading adds to the resident memory of Python, torch and transformers.
+LOAD = """
+import sys, torch, transformers, modeling_coe
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(fields["VmRSS"].split()[0])
+before = resident()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="coe", dtype="bfloat16")
+print(resident() - before)
+"""
+
+
+def write_models(folder: Path, sizes: dict) -> dict:
+    """Every family's full and quantised checkpoints; the bytes of their files and their shares by component."""
+    files = {}
+    for family, build in FAMILIES.items():
+        torch.manual_seed(0)
+        full = folder / family.split()[0] / "bf16"
+        build(sizes).to(torch.bfloat16).save_pretrained(full)
+        for variant, options in VARIANTS.items():
+            path = full.parent / variant
+            model = load(full, quantization_config=options and QuantizedExpertsConfig(**options))
+            if options is not None:
+                model.save_pretrained(path)
+            share = {
+                f"{name} in {bits} bits": round(share, 4) for (name, bits), share in quantized_share(model).items()
+            }
+            size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+            files.setdefault(family, {})[variant] = {"bytes": size, "share": share}
+            files[family][variant]["of bf16"] = round(size / files[family]["bf16"]["bytes"], 4)
+    return files
+
+
+def load(path: Path, **options):
+    options = {name: value for name, value in options.items() if value is not None}
+    return AutoModelForCausalLM.from_pretrained(path, experts_implementation="coe", dtype="bfloat16", **options).eval()
+
+
+def resident_memory(folder: Path) -> dict:
+    """Bytes that loading each saved model adds to a fresh process."""
+    memory = {}
+    for family in FAMILIES:
+        memory[family] = {}
+        for variant in VARIANTS:
+            path = folder / family.split()[0] / variant
+            result = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=True)
+            size = int(result.stdout.split()[-1])
+            memory[family][variant] = {"bytes": size}
+            memory[family][variant]["of bf16"] = round(size / memory[family]["bf16"]["bytes"], 4)
+    return memory
+
+
+@torch.inference_mode()
+def decode(model, batch: int, steps: int) -> float:
+    """CPU seconds of `steps` greedy steps after a prompt of 16 tokens."""
+    prompt = torch.randint(3, model.config.vocab_size, (batch, 16), generator=torch.Generator().manual_seed(0))
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    start = time.process_time()
+    for _ in range(steps):
+        token = output.logits[:, -1:].argmax(dim=-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+    return time.process_time() - start
+
+
+def decoding(folder: Path, rounds: int) -> dict:
+    """Tokens a second of every model at every batch, and the ratios to bf16 and of the chain to Mixtral."""
+    names = [(family, variant) for family in FAMILIES for variant in VARIANTS]
+    models = {name: load(folder / name[0].split()[0] / name[1]) for name in names}
+    results = {}
+    for batch, steps in STEPS.items():
+        seconds = {name: [] for name in names}
+        for number in range(rounds + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                measured = decode(models[name], batch, steps)
+                if number:
+                    seconds[name].append(measured)
+        rows = results[f"batch {batch}"] = {}
+        for (family, variant), own in seconds.items():
+            rows.setdefault(family, {})[variant] = {
+                "tokens_per_second": round(batch * steps / statistics.median(own), 2),
+                "ratio to bf16": ratio(seconds[family, "bf16"], own),
+                "ratio to Mixtral": ratio(seconds["Mixtral MoE(8/64)", variant], own),
+            }
+        print(json.dumps({f"batch {batch}": rows}, indent=1), flush=True)
+    return results
+
+
+def ratio(baseline: list[float], own: list[float]) -> list[float]:
+    """Median and quartiles."""
+    ratios = [a / b for a, b in zip(baseline, own, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return [round(middle, 3), round(low, 3), round(high, 3)]
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="after the warm-up")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it runs")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sizes = TINY if options.tiny else PAPER
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_models(Path(folder), sizes)
+        results = {
+            "machine": environment(torch.device("cpu")) | {"threads": options.threads, "clock": "CPU time"},
+            "sizes": sizes,
+            "files": files,
+            "resident memory": resident_memory(Path(folder)),
+            "decoding": decoding(Path(folder), options.rounds),
+        }
+    if options.output:
+        write_json(options.output, results)
+
+
+if __name__ == "__main__":
+    main()
