@@ -295,6 +295,80 @@ def kv_cache_bytes(config: CoEConfig, batch_size: int, length: int, dtype: str =
     return 2 * config.num_hidden_layers * D * batch_size * kept * BYTES[dtype]
 
 
+@dataclass(frozen=True)
+class ServingSetup:
+    """How a model is served, as far as memory depends on it.
+
+    Args:
+        batch_size: sequences that are decoded together.
+        length: tokens of a sequence, prompt and answer.
+        dtype: of activations, cache and whatever is not quantised.
+        expert_bits: of the experts' weights, 8 or 4; None leaves them in `dtype`.
+        rest_bits: 8 for attention, embeddings, shared expert and head; None leaves them.
+        group_size: 4-bit weights that share a scale.
+        on_cpu: 4-bit weights lie as torch's CPU kernel wants them, which keeps a zero beside every scale.
+    """
+
+    batch_size: int = 1
+    length: int = 4096
+    dtype: str = "bfloat16"
+    expert_bits: int | None = None
+    rest_bits: int | None = None
+    group_size: int = 32
+    on_cpu: bool = True
+
+
+def weight_bytes(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
+    """What the weights occupy in memory, by component."""
+    H, I, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    N, W, width = config.num_local_experts, config.num_shared_experts * config.intermediate_size, BYTES[setup.dtype]
+    Q, D = head_widths(config)
+    counts = count_parameters(config)
+    pools = counts["experts"] // (3 * N * H * I)
+    scales = {"attention": L * (Q + 2 * D + H), "embedding": V, "lm_head": V, "shared_expert": L * (2 * W + H)}
+    scales["experts"] = pools * N * (2 * I + H)
+    if setup.expert_bits == 4:
+        scales["experts"] = counts["experts"] // setup.group_size * (2 if setup.on_cpu else 1)
+    sizes = {}
+    for component, count in counts.items():
+        bits = setup.expert_bits if component == "experts" else setup.rest_bits if component in scales else None
+        sizes[component] = count * width if bits is None else count * bits // 8 + scales[component] * width
+    return sizes
+
+
+def serving_memory(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
+    """Bytes on the device while the longest prompt is read, the highest point of serving; their sum is the prediction.
+
+    `activations` are those of the experts of one visit, for all tokens at once, beside the residual stream.
+    """
+    T, H, I = setup.batch_size * setup.length, config.hidden_size, config.intermediate_size
+    K, width = config.num_experts_per_tok, BYTES[setup.dtype]
+    # Per choice: gate and up, their product, the output; one at a time also the input, and the parts beside the whole.
+    choice = 3 * I + H if setup.expert_bits is None else 4 * I + H
+    return {
+        "weights": sum(weight_bytes(config, setup).values()),
+        "cache": kv_cache_bytes(config, setup.batch_size, setup.length, setup.dtype),
+        "activations": T * width * (4 * H + K * choice),
+    }
+
+
+def decoded_token_bytes(config: CoEConfig, setup: ServingSetup) -> float:
+    """Bytes read from memory for one token of one sequence, with experts chosen evenly: what bounds the speed.
+
+    A batch reads an expert once in a visit, however many of its tokens chose it.
+    """
+    sizes = weight_bytes(config, setup)
+    experts = sizes.pop("experts")
+    if not config.tie_word_embeddings:
+        del sizes["embedding"]
+    N = config.num_local_experts
+    hit = 1 - (1 - config.num_experts_per_tok / N) ** setup.batch_size
+    pools = count_parameters(config)["experts"] // (3 * N * config.hidden_size * config.intermediate_size)
+    visits = config.num_hidden_layers * config.num_iterations / pools
+    step = sum(sizes.values()) + experts * visits * hit
+    return step / setup.batch_size + kv_cache_bytes(config, 1, setup.length, setup.dtype)
+
+
 def training_memory(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]:
     """Bytes on the device at the highest point of an optimizer step, by component; their sum is the prediction.
 

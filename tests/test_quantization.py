@@ -4,7 +4,10 @@
 
 import logging
 import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +28,24 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from modeling_coe import QuantizedExpertsConfig, lora_config, quantization, quantized_share
-from modeling_coe.budget import count_parameters
+from modeling_coe import (
+    CoEConfig,
+    CoEForCausalLM,
+    QuantizedExpertsConfig,
+    lora_config,
+    quantization,
+    quantized_share,
+)
+from modeling_coe.budget import (
+    ServingSetup,
+    count_parameters,
+    decoded_token_bytes,
+    kv_cache_bytes,
+    serving_memory,
+    weight_bytes,
+)
 from modeling_coe.quantization import QuantizedWeight
+from modeling_coe.train import plan
 
 
 def visit(experts, num_tokens, seed=1):
@@ -73,6 +91,7 @@ def test_a_model_whose_experts_torchao_packed_generates(model):
     assert quantized_share(model)["experts", 8] > 0.5
 
 
+ROOT = Path(__file__).parents[1]
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS = {
     "CoE": build,
@@ -313,3 +332,69 @@ def test_a_merge_into_few_bits_says_what_it_loses(folder, caplog):
     assert isinstance(weight, QuantizedWeight) and torch.equal(weight.dequantize(), weight.unpack().dequantize())
     assert difference(weight.dequantize(), QuantizedWeight.quantize(full, 4, 32).dequantize()) <= 1e-6
     assert 0.01 < difference(merged(tokens(2, 9)).logits, exact) < 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_bits": 8}, {"expert_bits": 4}, {"expert_bits": 4, "rest_bits": 8}])
+@pytest.mark.parametrize("model", ["CoE", "CoE with a shared expert"])
+def test_serving_plan_counts_the_bytes_of_weights_and_cache(model, options, folder):
+    """Exactly, tensor by tensor, as they lie in memory."""
+    config = (options["expert_bits"], 32, options.get("rest_bits")) if options else ()
+    model = load(folder / model, *config, dtype="bfloat16")
+    setup = ServingSetup(batch_size=2, length=7, **options)
+    inside = [(p.values, p.scale) if isinstance(p, QuantizedWeight) else (p,) for p in model.parameters()]
+    held = sum(tensor.nbytes for tensors in inside for tensor in tensors)
+    assert sum(weight_bytes(model.config, setup).values()) == held
+    cache = model(tokens(2, 7), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert serving_memory(model.config, setup)["cache"] == kept
+
+
+def test_a_decoded_token_reads_what_its_visits_hit():
+    config = CoEConfig(**SIZES, num_iterations=2, num_local_experts=8, num_experts_per_tok=2, num_hidden_layers=3)
+    setup = ServingSetup(batch_size=1, length=10)
+    sizes = weight_bytes(config, setup)
+    rest = sum(sizes.values()) - sizes["experts"] - sizes["embedding"] + kv_cache_bytes(config, 1, 10)
+    assert decoded_token_bytes(config, setup) == pytest.approx(rest + sizes["experts"] * 2 * 2 / 8)
+    batch = ServingSetup(batch_size=10**6, length=10)
+    # A batch that hits every expert in every visit reads each twice; the cache stays each sequence's own.
+    assert decoded_token_bytes(config, batch) == pytest.approx(kv_cache_bytes(config, 1, 10), rel=0.01)
+
+
+RESIDENT = """
+import sys, torch, transformers, modeling_coe
+def resident(field):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines[field].split()[0])
+torch.set_num_threads(1)
+torch.nn.functional.linear(torch.ones(64, 64).bfloat16(), torch.ones(64, 64).bfloat16())
+before = resident("VmRSS")
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16")
+with torch.inference_mode():
+    model(torch.randint(3, 99, (1, int(sys.argv[2]))), use_cache=True, logits_to_keep=1)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"expert_bits": 8}, {"expert_bits": 4}, {"expert_bits": 4, "rest_bits": 8}])
+def test_serving_plan_is_within_10_percent_of_resident_memory(options, tmp_path):
+    sizes = {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 704, "num_attention_heads": 8}
+    config = CoEConfig(**sizes, num_key_value_heads=8, num_hidden_layers=2, num_local_experts=64)
+    CoEForCausalLM(config).bfloat16().save_pretrained(tmp_path / "bf16")
+    path = tmp_path / "bf16"
+    if options:
+        path = tmp_path / "quantised"
+        load(tmp_path / "bf16", options["expert_bits"], 32, options.get("rest_bits")).save_pretrained(path)
+    result = subprocess.run([sys.executable, "-c", RESIDENT, path, "2048"], capture_output=True, text=True, check=True)
+    planned = sum(serving_memory(config, ServingSetup(1, 2048, **options)).values())
+    assert int(result.stdout.split()[-1]) == pytest.approx(planned, rel=0.1)
+
+
+def test_the_plan_to_serve_names_what_fits(capsys):
+    arguments = ["--model", str(ROOT / "configuration/models/coe_c2_k4_n64.json"), "--serve", "1x2048"]
+    plan.main([*arguments, "--ram", "1.5GB"])
+    verdict = capsys.readouterr().out.splitlines()[-2]
+    assert verdict.split() == ["does", "not", "fit", "fits", "fits", "fits"]
+    with pytest.raises(SystemExit):
+        plan.main(arguments)
+    assert "--serve needs" in capsys.readouterr().err

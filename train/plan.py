@@ -7,7 +7,11 @@
 
 Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the GPU, what
 to change, the cheapest change first. Without `--gpu` that of this machine is meant. With `--world 8x80GB` it also
-prints how the model lies on several GPUs, and what travels between them.
+prints how the model lies on several GPUs, and what travels between them. To serve a model, without a recipe:
+
+    python train/plan.py --model configuration/models/coe_c2_k4_n64.json --serve 1x4096 --ram 8GB
+
+for one sequence of 4,096 tokens on a computer without a GPU, and `--gpu 8GB` for a GPU; in bf16 and in few bits.
 """
 
 import argparse
@@ -19,14 +23,17 @@ import torch
 
 from modeling_coe import CoEConfig
 from modeling_coe.budget import (
+    ServingSetup,
     TrainingSetup,
     count_active_parameters,
     count_expert_combinations,
     count_parameters,
+    decoded_token_bytes,
     equal_compute_moe,
     forward_flops,
     kv_cache_bytes,
     largest_micro_batch,
+    serving_memory,
     training_flops,
     training_memory,
 )
@@ -55,6 +62,14 @@ REMEDIES = {
 }
 
 
+SERVED = {
+    "bf16": {},
+    "experts int8": {"expert_bits": 8},
+    "experts int4": {"expert_bits": 4},
+    "int4, rest int8": {"expert_bits": 4, "rest_bits": 8},
+}
+
+
 def memory_size(text: str) -> int:
     """`8GB` and `8GiB`, as GPUs are sold, are 8 * 2**30 bytes."""
     match = re.fullmatch(r"([\d.]+)\s*Gi?B?", text, re.IGNORECASE)
@@ -69,6 +84,14 @@ def world_size(text: str) -> tuple[int, int]:
     if not count.isdigit() or int(count) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs with their memory; write for instance 8x80GB")
     return int(count), memory_size(memory)
+
+
+def batch_and_length(text: str) -> tuple[int, int]:
+    """`8x4096`: 8 sequences of 4,096 tokens."""
+    batch, _, length = text.partition("x")
+    if not (batch.isdigit() and length.isdigit()) or min(int(batch), int(length)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of sequences and tokens; write for instance 1x4096")
+    return int(batch), int(length)
 
 
 def row(name: str, *values: str):
@@ -122,6 +145,20 @@ def print_memory(config: CoEConfig, setup: TrainingSetup, budget: int):
     print("Still too much: take a smaller preset, or shard it (configuration/accelerate/fsdp2.yaml).")
 
 
+def print_serving(config: CoEConfig, batch_size: int, length: int, budget: int, on_cpu: bool):
+    """Memory while a prompt of the whole length is read, and what decoding reads, in every number of bits."""
+    setups = [ServingSetup(batch_size, length, on_cpu=on_cpu, **options) for options in SERVED.values()]
+    memory = [serving_memory(config, setup) for setup in setups]
+    print(f"\nServing {batch_size} x {length} tokens within {budget / GIB:.2f} GiB")
+    row("", *SERVED)
+    for component in memory[0]:
+        row(component, *(f"{sizes[component] / GIB:.3f} GiB" for sizes in memory))
+    totals = [sum(sizes.values()) for sizes in memory]
+    row("predicted peak", *(f"{total / GIB:.3f} GiB" for total in totals))
+    row("", *("fits" if total <= budget else "does not fit" for total in totals))
+    row("read for a decoded token, MiB", *(f"{decoded_token_bytes(config, setup) / 2**20:.1f}" for setup in setups))
+
+
 def calls_and_size(calls: int, sent: float) -> str:
     return f"{calls} x {sent / max(calls, 1) / 2**20:,.3f}"
 
@@ -169,11 +206,22 @@ def print_scaling(config: CoEConfig, setup: TrainingSetup):
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
-    parser.add_argument("--recipe", "--config", required=True, help="YAML file of configuration/pretrain")
+    parser.add_argument("--recipe", "--config", help="YAML file of configuration/pretrain")
     parser.add_argument("--gpu", type=memory_size, help="memory of the GPU, for instance 8GB")
-    parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA itself; default 0.5GB")
+    parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA or Python itself; 0.5GB")
     parser.add_argument("--world", type=world_size, help="number of GPUs and their memory, for instance 8x80GB")
+    parser.add_argument("--serve", type=batch_and_length, help="sequences x tokens to serve, for instance 1x4096")
+    parser.add_argument("--ram", type=memory_size, help="with --serve: memory of a computer without a GPU")
     options = parser.parse_args(arguments)
+    if options.serve is not None:
+        memory = options.ram or options.gpu
+        if options.model is None or memory is None:
+            parser.error("--serve needs a --model, and --gpu 8GB or --ram 8GB")
+        config = AutoConfig.from_pretrained(find_configuration(options.model))
+        print_serving(config, *options.serve, memory - options.reserve, on_cpu=options.ram is not None)
+        return
+    if options.recipe is None:
+        parser.error("name a --recipe to train with, or what to --serve")
     overrides = [] if options.model is None else ["--model", options.model]
     # Recipes for a GPU are planned anywhere.
     overrides += ["--config", options.recipe, "--use_cpu", "true"]

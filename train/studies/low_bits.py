@@ -43,7 +43,7 @@ VARIANTS = {
     "experts int4": {"bits": 4},
     "experts int4, rest int8": {"bits": 4, "rest_bits": 8},
 }
-STEPS = {1: 16, 8: 6, 16: 4}
+STEPS = {1: 8, 8: 4, 16: 2}
 # In a process of its own: what loading adds to the resident memory of Python, torch and transformers.
 LOAD = """
 import sys, torch, transformers, modeling_coe
@@ -62,7 +62,9 @@ def write_models(folder: Path, sizes: dict) -> dict:
     for family, build in FAMILIES.items():
         torch.manual_seed(0)
         full = folder / family.split()[0] / "bf16"
-        build(sizes).to(torch.bfloat16).save_pretrained(full)
+        torch.set_default_dtype(torch.bfloat16)
+        build(sizes).save_pretrained(full)
+        torch.set_default_dtype(torch.float32)
         for variant, options in VARIANTS.items():
             path = full.parent / variant
             model = load(full, quantization_config=options and QuantizedExpertsConfig(**options))
