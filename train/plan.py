@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None):
         memory = options.ram or options.gpu
         if options.model is None or memory is None:
             parser.error("--serve needs a --model, and --gpu 8GB or --ram 8GB")
-        config = AutoConfig.from_pretrained(find_configuration(options.model))
+        config = read_config(options.model)
         print_serving(config, *options.serve, memory - options.reserve, on_cpu=options.ram is not None)
         return
     if options.recipe is None:
