@@ -243,3 +243,76 @@ def test_only_the_expected_final_answer_counts_as_solved(documents, tokenizer, m
 def test_a_plain_text_becomes_a_prompt_and_its_continuation():
     texts = Dataset.from_list([{"text": "abcdefgh"}, {"text": "xy"}])
     assert as_problems(texts, 9)[:] == {"prompt": ["ab", "x"], "completion": ["cdefgh", "y"]}
+
+
+def test_brackets_and_stars_in_a_path_are_letters(tmp_path):
+    folder = tmp_path / "run [1]*"
+    for split in ("train", "test"):
+        write(folder / f"{split}.jsonl", ROWS)
+    assert len(load_documents(DataArguments(dataset=str(folder)))["validation"]) == 9
+    alone = DataArguments(dataset=str(folder / "train.jsonl"), validation_size=2)
+    assert len(load_documents(alone)["train"]) == 7
+
+
+def test_a_line_in_another_encoding_is_named(tmp_path):
+    lines = [json.dumps({"text": f"línea {n}"}, ensure_ascii=False) for n in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    content = "\n".join(lines[:3]).encode() + b"\n" + lines[3].encode("latin-1")
+    (tmp_path / "test.jsonl").write_bytes(content)
+    for dataset in (tmp_path, tmp_path / "test.jsonl"):
+        with pytest.raises(ValueError, match=r"Line 4 of .*test.jsonl is not UTF-8.*Save the file as UTF-8"):
+            load_documents(DataArguments(dataset=str(dataset), validation_size=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nope", "no such file or folder"),
+        ("data/nope", r"no such file or folder. Did you mean data/nope.jsonl\?"),
+        ("data/train.json", "no such file or folder"),
+        ("/a/b/c", "no such file or folder"),
+        ("word_problem", r"no such file or folder, and the Hub .*Did you mean word_problems\?"),
+        ("somebody/nothing", "no such file or folder, and the Hub gives no data set"),
+    ],
+)
+def test_a_mistyped_dataset_is_named_at_once(tmp_path, monkeypatch, name, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nope.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"dataset={name}`: {message}"):
+        load_documents(DataArguments(dataset=name))
+
+
+def load_rows(tmp_path, rows):
+    path = write(tmp_path / "rows.jsonl", [*rows, *rows])
+    return load_documents(DataArguments(dataset=path, validation_size=1))["train"][0]
+
+
+def test_trl_s_standard_columns_are_taken(tmp_path):
+    assert load_rows(tmp_path, [{"prompt": "Sky is", "completion": " blue."}]) == {
+        "prompt": "Sky is",
+        "completion": " blue.",
+    }
+    user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}
+    expected = {"prompt": "Question: 2+2?\nAnswer:", "completion": " #### 4"}
+    assert load_rows(tmp_path, [{"messages": [user, reply]}]) == expected
+    assert load_rows(tmp_path, [{"prompt": [user], "completion": [reply]}]) == expected
+    system = {"role": "system", "content": "Be brief."}
+    assert load_rows(tmp_path, [{"messages": [system, user, reply, user, reply]}]) == {
+        "prompt": "Be brief.\n\nQuestion: 2+2?\nAnswer: #### 4\n\nQuestion: 2+2?\nAnswer:",
+        "completion": " #### 4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "2+2?"}], "ends with .*not with an answer"),
+        ([{"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}], "one of .*as `role`"),
+        ([{"role": "user", "content": ""}, {"role": "assistant", "content": "4"}], "must have a text as `content`"),
+        ([], "must have a text"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_refused(tmp_path, messages, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path, [{"messages": messages}])

@@ -8,6 +8,8 @@ blocks = pack(documents["train"], tokenizer, sequence_length)
 answers = solve(model, tokenizer, documents["validation"].select(range(100)))
 """
 
+import difflib
+import glob
 import re
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
@@ -63,14 +67,21 @@ def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
 
 def _read(arguments: DataArguments) -> DatasetDict:
     path = Path(arguments.dataset)
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
-        options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": str(path)}}
-    elif path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
+    if path.is_file() and path.suffix not in FILE_FORMATS:
+        raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
+    if path.is_dir() and not files:
         raise ValueError(f"`dataset={path}` holds no .json, .jsonl or .parquet file; put the documents there.")
+    if path.is_file():
+        options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
+    elif files and glob.escape(str(path)) != str(path):
+        # `datasets` takes brackets and stars in the name of a folder for a pattern.
+        options = {"path": FILE_FORMATS[files[0].suffix], "data_dir": glob.escape(str(path))}
     else:
+        _require_dataset(arguments.dataset)
         options = {"path": arguments.dataset, "name": arguments.dataset_config}
+    for file in files:
+        _check_encoding(file)
     try:
         return load_dataset(**options)
     except (ValueError, DatasetGenerationError) as error:
@@ -78,6 +89,39 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(
             f"`dataset={path}` cannot be read: {reason} Repair or remove the empty or broken file."
         ) from error
+
+
+def _require_dataset(name: str):
+    """Raise at once for a folder that is not there and, after one question, for a data set that the Hub has not."""
+    path = Path(name)
+    if path.exists():
+        return
+    near = difflib.get_close_matches(name, ["word_problems", *map(str, path.parent.glob("*"))], n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    is_path = path.suffix in FILE_FORMATS or name.startswith((".", "~", "/")) or len(path.parts) > 2
+    if is_path or (len(path.parts) == 2 and path.parent.is_dir()):
+        raise ValueError(f"`dataset={name}`: no such file or folder.{hint}")
+    if (Path(HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as error:  # from a name that cannot be to a network that is not there
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"`dataset={name}`: no such file or folder, and the Hub gives no data set of that name ({reason}).{hint}"
+        ) from error
+
+
+def _check_encoding(file: Path):
+    """`datasets` reads what is not UTF-8 as other letters, without a word."""
+    if file.suffix == ".parquet":
+        return
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"Line {number} of {file} is not UTF-8: {error}. Save the file as UTF-8.") from error
 
 
 def _set_aside(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict[str, Dataset]:
@@ -108,17 +152,49 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
     def from_pair(row, index):
         return {"prompt": PROMPT.format(check(row[question], index)), "completion": f" {check(row[answer], index)}"}
 
+    def from_prompt(row, index):
+        if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+            return _conversation([*row["prompt"], *row["completion"]], index, split)
+        return {name: check(row[name], index) for name in ("prompt", "completion")}
+
+    def from_messages(row, index):
+        return _conversation(row["messages"], index, split)
+
     def from_text(row, index):
         return {"text": check(row[text], index)}
 
-    if question in names and answer in names:
-        return documents.map(from_pair, with_indices=True, remove_columns=names, desc=f"Reading {split}")
-    if text in names:
-        return documents.map(from_text, with_indices=True, remove_columns=names, desc=f"Reading {split}")
+    layouts = {
+        (question, answer): from_pair, ("prompt", "completion"): from_prompt, ("messages",): from_messages,
+        (text,): from_text,
+    }  # fmt: skip
+    for columns, lay_out in layouts.items():
+        if set(columns) <= set(names):
+            return documents.map(lay_out, with_indices=True, remove_columns=names, desc=f"Reading {split}")
     raise ValueError(
-        f"The {split} split has the columns {names}, neither `{text}` nor `{question}` and `{answer}`; name them with "
-        "`text_column`, or `question_column` and `answer_column`."
+        f"The {split} split has the columns {names}, neither `{text}` nor `{question}` and `{answer}`, nor TRL's "
+        "`messages` or `prompt` and `completion`; name them with `text_column`, or `question_column` and "
+        "`answer_column`."
     )
+
+
+def _conversation(messages: list[dict[str, str]], index: int, split: str) -> dict[str, str]:
+    """Turns in the layout of questions and answers; the last answer is the completion, the turns before it the prompt.
+
+    Raises:
+        ValueError: a role that has no place in this layout, an empty text, or no answer at the end.
+    """
+    layouts = {"system": "{}\n\n", "user": PROMPT, "assistant": " {}\n\n"}
+    for message in messages or [{}]:
+        role, content = message.get("role"), message.get("content")
+        if role not in layouts or not isinstance(content, str) or not content:
+            raise ValueError(
+                f"Document {index} of the {split} split has the message {message!r}; each must have a text as "
+                f"`content` and one of {tuple(layouts)} as `role`."
+            )
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"Document {index} of the {split} split ends with {messages[-1]!r}, not with an answer.")
+    prompt = "".join(layouts[message["role"]].format(message["content"]) for message in messages[:-1])
+    return {"prompt": prompt, "completion": f" {messages[-1]['content']}"}
 
 
 def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -274,6 +350,8 @@ def short_enough(
             f"`sequence_length={length}`, the longest has {max(sizes)} tokens; raise it up to the model's context, or "
             "set `drop_long_documents=true`."
         )
+    if len(kept) < len(sizes):
+        print(f"Left out of {split}: {len(sizes) - len(kept)} of {len(sizes)} documents, longer than {length} tokens.")
     return documents.select(kept)
 
 
