@@ -5,9 +5,9 @@
     python train/finetune.py --config configuration/finetune/lora.yaml --model runs/smoke --dataset path/or/hub-id
 
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`), `prompt` and
-`completion`, `messages`, or `text`. The loss is that of the answers. A run that was killed continues from its newest complete checkpoint with the same command.
-`output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl and .png, samples.json, and facts.json
-with the validation loss before and after.
+`completion`, `messages`, or `text`. The loss is that of the answers. A run that was killed continues from its newest
+complete checkpoint with the same command. `output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl
+and .png, samples.json, and facts.json with the validation loss before and after.
 """
 
 from contextlib import nullcontext
