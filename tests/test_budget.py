@@ -4,6 +4,7 @@
 
 import itertools
 import math
+import re
 import weakref
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
+from modeling_coe.train import plan
+from modeling_coe.train.plan import propose
 
 
 PRESETS = sorted(Path(__file__).parents[1].glob("configuration/models/*.json"))
@@ -208,9 +211,10 @@ def test_kv_cache_is_exact():
     assert kv_cache_bytes(config, 5, 7, "float32") == held
 
 
+@pytest.mark.parametrize("variant", ["olmoe", "pool"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adamw_and_gradient_bytes_are_exact(dtype):
-    config = CoEConfig(**BASE | VARIANTS["olmoe"])
+def test_adamw_and_gradient_bytes_are_exact(dtype, variant):
+    config = CoEConfig(**BASE | VARIANTS[variant])
     setup = TrainingSetup(2, 8, dtype=dtype)
     model = build(config, dtype)
     loss_of(model, setup).backward()
@@ -263,7 +267,8 @@ def test_the_predicted_peak_holds_what_a_step_really_allocates(
     precision, skip_logits, gradient_checkpointing, implementation
 ):
     dtype, autocast = PRECISIONS[precision]
-    for extra in ({"vocab_size": 2000}, {"num_iterations": 4, "num_local_experts": 24}):
+    chains = ({"vocab_size": 2000}, {"num_iterations": 4, "num_local_experts": 24})
+    for extra in (*chains, {"layers_per_pool": 3, "num_local_experts": 24}):
         config = CoEConfig(**BASE | {"hidden_size": 64, "intermediate_size": 48} | extra)
         setup = TrainingSetup(
             6,
@@ -304,6 +309,38 @@ def test_skipping_the_logits_changes_neither_loss_nor_gradients(num_items, autoc
     tolerance = {"atol": 1e-3, "rtol": 0.02} if autocast else {"atol": 1e-6, "rtol": 1e-6}
     for plain, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, plain, **tolerance)
+
+
+def test_proposals_compute_as_much_and_save_what_was_asked_for_with_the_most_experts():
+    baseline = CoEConfig(**BASE | {"num_iterations": 1, "num_experts_per_tok": 4, "num_local_experts": 64})
+    setup = TrainingSetup(1, 16, experts_implementation="coe")
+    whole, flops = sum(training_memory(baseline, setup).values()), training_flops(baseline, 16)
+
+    def saved(config):
+        return 1 - sum(training_memory(config, setup).values()) / whole
+
+    proposals = propose(baseline, setup, 0.5)
+    assert {(p.num_iterations, p.layers_per_pool) for p in proposals} >= {(1, 3), (2, 1), (2, 3)}
+    for proposal in proposals:
+        assert proposal.num_iterations * proposal.num_experts_per_tok == 4
+        assert training_flops(proposal, 16) == pytest.approx(flops, rel=0.05)
+        more = proposal.to_dict() | {"num_local_experts": proposal.num_local_experts + 8}
+        more = CoEConfig(**more)
+        assert saved(proposal) >= 0.5
+        assert saved(more) < 0.5 or training_flops(more, 16) > 1.05 * flops
+    assert propose(baseline, setup, 0.99) == []
+
+
+def test_the_plan_prints_what_saves_memory_and_refuses_half_a_question(capsys):
+    recipe = ["--recipe", "configuration/pretrain/paper_8gb.yaml"]
+    plan.main([*recipe, "--like", "moe_k8_n64", "--save", "42%"])
+    output = capsys.readouterr().out
+    assert re.search(r"^  2, 4, \d+, 4 +[\d,]+ +[\d.]+ +4\d% +1.0\dx$", output, re.MULTILINE)
+    plan.main([*recipe, "--like", "moe_k8_n64", "--save", "95%"])
+    assert "Nothing does" in capsys.readouterr().out
+    for arguments in (["--like", "moe_k8_n64"], ["--save", "42%"], ["--like", "moe_k8_n64", "--save", "142%"]):
+        with pytest.raises(SystemExit):
+            plan.main([*recipe, *arguments])
 
 
 def test_a_chain_saves_activations_in_proportion_to_its_iterations():

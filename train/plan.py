@@ -11,13 +11,18 @@ prints how the model lies on several GPUs, and what travels between them. To ser
 
     python train/plan.py --model configuration/models/coe_c2_k4_n64.json --serve 1x4096 --ram 8GB
 
-for one sequence of 4,096 tokens on a computer without a GPU, and `--gpu 8GB` for a GPU; in bf16 and in few bits.
+for one sequence of 4,096 tokens on a computer without a GPU, and `--gpu 8GB` for a GPU; in bf16 and in few bits. And
+
+    python train/plan.py --recipe configuration/pretrain/paper_8gb.yaml --like moe_k8_n64 --save 42%
+
+proposes models that compute as much as a preset and train in so much less memory.
 """
 
 import argparse
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -202,6 +207,64 @@ def print_scaling(config: CoEConfig, setup: TrainingSetup):
         row(str(8 * nodes), *values)
 
 
+def share(text: str) -> float:
+    """`42%` is 0.42."""
+    match = re.fullmatch(r"([\d.]+)\s*%", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0% and 100%; write for instance 42%")
+    return float(match[1]) / 100
+
+
+def preset(name: str) -> str:
+    """A path as it is, `moe_k8_n64` as that preset's."""
+    return name if Path(name).exists() else str(Path("configuration/models") / f"{name}.json")
+
+
+def propose(config: CoEConfig, setup: TrainingSetup, saving: float) -> list[CoEConfig]:
+    """For each number of iterations and of layers a pool, the most experts whose training saves so much memory.
+
+    All compute as much as `config`, within 5 %: the same visits of an expert in each layer, by routers whose size
+    depends on the experts to choose from. A pool of several layers may have the experts of them all.
+    """
+    layers, visits = config.num_hidden_layers, config.num_iterations * config.num_experts_per_tok
+    whole, flops = sum(training_memory(config, setup).values()), training_flops(config, setup.sequence_length)
+    proposals = []
+    # A single expert's renormalised weight is 1, whatever its router says.
+    least = 2 if config.norm_topk_prob else 1
+    for iterations in (count for count in (1, 2, 4) if visits % count == 0 and visits // count >= least):
+        for together in (count for count in range(1, layers + 1) if layers % count == 0):
+            step = max(1, config.num_local_experts // 8)
+            for experts in range(together * config.num_local_experts, visits // iterations - 1, -step):
+                candidate = CoEConfig(
+                    **config.to_dict()
+                    | {"num_iterations": iterations, "num_experts_per_tok": visits // iterations}
+                    | {"num_local_experts": experts, "layers_per_pool": together}
+                )
+                saved = 1 - sum(training_memory(candidate, setup).values()) / whole
+                if saved >= saving and abs(training_flops(candidate, setup.sequence_length) / flops - 1) <= 0.05:
+                    proposals.append(candidate)
+                    break
+    return proposals
+
+
+def print_proposals(name: str, config: CoEConfig, setup: TrainingSetup, saving: float):
+    whole = sum(training_memory(config, setup).values())
+    proposals = propose(config, setup, saving)
+    print(f"To train like {name} in {saving:.0%} less memory than its {whole / GIB:.2f} GiB, at its compute:\n")
+    if not proposals:
+        print("Nothing does: what is not in the experts takes too much. Lower the recipe's micro-batch, or recompute.")
+        return
+    row("C, K, N, layers_per_pool", "parameters", "memory, GiB", "saved", "compute")
+    for proposal in sorted(proposals, key=lambda proposal: -proposal.num_local_experts / proposal.layers_per_pool):
+        memory = sum(training_memory(proposal, setup).values())
+        flops = training_flops(proposal, setup.sequence_length) / training_flops(config, setup.sequence_length)
+        sizes = (proposal.num_iterations, proposal.num_experts_per_tok, proposal.num_local_experts)
+        parameters = f"{sum(count_parameters(proposal).values()):,}"
+        values = (parameters, f"{memory / GIB:.2f}", f"{1 - memory / whole:.0%}", f"{flops:.2f}x")
+        row(", ".join(map(str, (*sizes, proposal.layers_per_pool))), *values)
+    print("\nOnly memory is predicted here; model_cards/studies/README.md has what was measured of the loss.")
+
+
 @command_line
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +275,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--world", type=world_size, help="number of GPUs and their memory, for instance 8x80GB")
     parser.add_argument("--serve", type=batch_and_length, help="sequences x tokens to serve, for instance 1x4096")
     parser.add_argument("--ram", type=memory_size, help="with --serve: memory of a computer without a GPU")
+    parser.add_argument("--like", type=preset, help="preset to save memory on, for instance moe_k8_n64; with --save")
+    parser.add_argument("--save", type=share, help="share of its training memory to save, for instance 42%%")
     options = parser.parse_args(arguments)
+    if (options.like is None) != (options.save is None):
+        parser.error("--like and --save go together: which model, and how much less memory")
     if options.serve is not None:
         memory = options.ram or options.gpu
         if options.model is None or memory is None:
@@ -222,10 +289,16 @@ def main(arguments: list[str] | None = None):
         return
     if options.recipe is None:
         parser.error("name a --recipe to train with, or what to --serve")
+    if options.like is not None:
+        options.model = options.like
     overrides = [] if options.model is None else ["--model", options.model]
     # Recipes for a GPU are planned anywhere.
     overrides += ["--config", options.recipe, "--use_cpu", "true"]
     model, data, training = parse(ModelArguments, DataArguments, PretrainArguments, arguments=overrides)
+    if options.like is not None:
+        setup = training_setup(model, training, data.sequence_length)
+        print_proposals(Path(options.like).stem, read_config(model.model), setup, options.save)
+        return
     if options.gpu is None and options.world is not None:
         options.gpu = options.world[1]
     if options.gpu is None:
