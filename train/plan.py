@@ -265,8 +265,7 @@ def print_proposals(name: str, config: CoEConfig, setup: TrainingSetup, saving: 
     print("\nOnly memory is predicted here; model_cards/studies/README.md has what was measured of the loss.")
 
 
-@command_line
-def main(arguments: list[str] | None = None):
+def read_options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
     parser.add_argument("--recipe", "--config", help="YAML file of configuration/pretrain")
@@ -280,6 +279,14 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     if (options.like is None) != (options.save is None):
         parser.error("--like and --save go together: which model, and how much less memory")
+    if options.serve is None and options.recipe is None:
+        parser.error("name a --recipe to train with, or what to --serve")
+    return parser, options
+
+
+@command_line
+def main(arguments: list[str] | None = None):
+    parser, options = read_options(arguments)
     if options.serve is not None:
         memory = options.ram or options.gpu
         if options.model is None or memory is None:
@@ -287,8 +294,6 @@ def main(arguments: list[str] | None = None):
         config = read_config(options.model)
         print_serving(config, *options.serve, memory - options.reserve, on_cpu=options.ram is not None)
         return
-    if options.recipe is None:
-        parser.error("name a --recipe to train with, or what to --serve")
     if options.like is not None:
         options.model = options.like
     overrides = [] if options.model is None else ["--model", options.model]
