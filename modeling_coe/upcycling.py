@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -85,6 +85,7 @@ def upcycle(
     expert_noise: float = 0.0,
     router_noise: float = 0.0,
     layers: list[int] | None = None,
+    layers_per_pool: int = 1,
     seed: int = 0,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -112,6 +113,9 @@ def upcycle(
         layers (`list[int]`, *optional*): source layers to keep, in this order, iterations in place of depth. Every
             layer kept becomes a chain: C is one number for the whole model. Fewer than all (`None`) **do not
             preserve** the function.
+        layers_per_pool (`int`): g, so many consecutive layers share one pool of experts, the mean of theirs: expert
+            i of the pool is the mean of the layers' experts i. Above 1 it **does not preserve** the function, and
+            needs training to heal.
         seed (`int`): of all noise; a tensor's noise depends on the seed and its name alone.
         max_shard_size (`int` or `str`): size of an output file.
         overwrite (`bool`): replace an existing `output`, if an earlier conversion wrote it and nothing in it changed.
@@ -130,12 +134,13 @@ def upcycle(
         RuntimeError: `verify` found different logits.
     """
     counts = {"num_iterations": num_iterations, "experts_per_iteration": experts_per_iteration}
+    counts["layers_per_pool"] = layers_per_pool
     noise = {"expert_noise": expert_noise, "router_noise": router_noise}
     _check_numbers(counts | {"num_experts": num_experts}, noise, seed, max_shard_size)
     if verify_text is not None and not verify:
         raise ValueError(f"upcycle: `verify_text={str(verify_text)!r}` is only read with `verify=True`; set it too.")
     source = _Source(source, output, overwrite)
-    config = chain_config(source.config, num_iterations, experts_per_iteration, num_experts, layers)
+    config = chain_config(source.config, num_iterations, experts_per_iteration, num_experts, layers, layers_per_pool)
     weights = _ChainWeights(source, config, layers, expert_noise, router_noise, seed)
     config = weights.config
     changes = changes_of_function(source.config, config, layers, expert_noise)
@@ -172,6 +177,8 @@ def downcycle(
 ) -> MixtralForCausalLM | Path:
     """A Mixtral with the weights of a CoE of one iteration, for tools that know only Mixtral.
 
+    Experts that several layers share are written out for each of them.
+
     Args:
         source (`str`, `os.PathLike` or `CoEForCausalLM`): CoE checkpoint or loaded model; it is held in RAM.
         output (`str` or `os.PathLike`, *optional*): folder to write, in Mixtral's layout of one tensor per expert.
@@ -188,7 +195,7 @@ def downcycle(
     source = _Source(source, output, overwrite)
     config = _mixtral_config(source.config)
     tensors = {}
-    for name, tensor in source.tensors.items():
+    for name, tensor in _without_pools(source.tensors.items(), source.config.layers_per_pool):
         if name.endswith(".mlp.gate.weight"):
             tensor = tensor.squeeze(0)
         elif name.endswith(".mlp.experts.down_proj") and source.config.iteration_scale:
@@ -207,6 +214,14 @@ def downcycle(
         model.save_pretrained(partial)
         source.copy_companions(partial)
     return Path(output)
+
+
+def _without_pools(tensors: Iterable[tuple[str, torch.Tensor]], shares: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor by its name, the experts that several layers share by the name of each of these layers."""
+    for name, tensor in tensors:
+        match = re.fullmatch(r"model\.layers\.(\d+)(\.mlp\.experts\..+)", name)
+        layers = range(int(match[1]), int(match[1]) + shares) if match else ()
+        yield from [(f"model.layers.{layer}{match[2]}", tensor) for layer in layers] or [(name, tensor)]
 
 
 def _check_numbers(counts: dict, noise: dict, seed: int, max_shard_size: int | str):
@@ -230,6 +245,7 @@ def chain_config(
     experts_per_iteration: int | None = None,
     num_experts: int | None = None,
     layers: list[int] | None = None,
+    layers_per_pool: int = 1,
 ) -> CoEConfig:
     """The configuration of the chain that `upcycle` makes of a source with this configuration.
 
@@ -262,6 +278,7 @@ def chain_config(
     return CoEConfig(
         **fields,
         num_hidden_layers=depth if layers is None else len(layers),
+        layers_per_pool=layers_per_pool,
         num_iterations=num_iterations,
         iteration_scale=num_iterations > 1,
         residual="nested",
@@ -350,6 +367,8 @@ def changes_of_function(
         changes.append(f"expert_noise={expert_noise}")
     if layers is not None and layers != list(range(source.num_hidden_layers)):
         changes.append(f"layers {layers} of {source.num_hidden_layers}")
+    if config.layers_per_pool > 1:
+        changes.append(f"{config.layers_per_pool} layers share the mean of their experts")
     return changes
 
 
@@ -529,6 +548,7 @@ class _ChainWeights(Mapping):
 
     `parts` is the whole mapping: for every CoE weight the source tensors that are its rows, in order. A fused tensor
     is one part; `gate_up_proj` of separate experts is gate, up, gate, up, ...; the router is C times the source's.
+    Experts that several layers share have the parts of each of these layers in turn, and are their mean.
     """
 
     def __init__(
@@ -574,7 +594,12 @@ class _ChainWeights(Mapping):
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
         if match is None:
             return [name]
-        layer, leaf = f"model.layers.{self.layers[int(match[1])]}", match[2]
+        first, leaf = int(match[1]), match[2]
+        shares = self.config.layers_per_pool if leaf.startswith("mlp.experts.") else 1
+        return [part for layer in self.layers[first : first + shares] for part in self._parts_of_layer(layer, leaf)]
+
+    def _parts_of_layer(self, source_layer: int, leaf: str) -> list[str]:
+        layer = f"model.layers.{source_layer}"
         whole = f"{layer}.{leaf}"
         # The dense FFN is every expert.
         expert = f"{layer}.mlp" if self.is_dense else f"{layer}.mlp.experts.{{}}"
@@ -612,10 +637,13 @@ class _ChainWeights(Mapping):
         if not parts:
             normal = torch.randn(shape, generator=self._generator(name))
             return (normal * self.config.initializer_range).to(self.config.dtype)
-        tensor = self._read(parts[0])
-        if tensor.dim() < len(shape):
-            tensor = self._stack(name, parts)
-        self._check_shape(name, tensor.shape, shape)
+        shares = self.config.layers_per_pool if ".mlp.experts." in name else 1
+        size = len(parts) // shares
+        layers = (self._of_one_layer(name, parts[size * i : size * (i + 1)]) for i in range(shares))
+        tensor = next(layers)
+        if shares > 1:
+            dtype = tensor.dtype
+            tensor = (sum((layer.float() for layer in layers), tensor.float()) / shares).to(dtype)
         factors = [factor for ending, factor in self.factors.items() if name.endswith(ending)]
         return tensor * factors[0] if factors else tensor
 
@@ -624,6 +652,13 @@ class _ChainWeights(Mapping):
 
     def __len__(self) -> int:
         return len(self.meta)
+
+    def _of_one_layer(self, name: str, parts: list[str]) -> torch.Tensor:
+        shape, tensor = self.meta[name].shape, self._read(parts[0])
+        if tensor.dim() < len(shape):
+            tensor = self._stack(name, parts)
+        self._check_shape(name, tensor.shape, shape)
+        return tensor
 
     def _read(self, name: str) -> torch.Tensor:
         return self.tensors[self.original[name]].cpu()

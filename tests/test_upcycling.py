@@ -682,6 +682,40 @@ def test_what_mixtral_cannot_express_is_refused_by_name(overrides, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("layout", ["separate", "fused"])
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "qwen3"])
+def test_layers_may_share_the_mean_of_their_experts(family, layout, tmp_path, caplog):
+    source = source_model(family, num_hidden_layers=4)
+    saved(source, tmp_path / "source", layout)
+    options = {"num_iterations": 2, "layers": [3, 0, 2, 1]}
+    apart = upcycle(tmp_path / "source", **options)
+    logger = logging.getLogger("modeling_coe.upcycling")
+    logger.addHandler(caplog.handler)
+    pooled = upcycle(tmp_path / "source", **options, layers_per_pool=2)
+    logger.removeHandler(caplog.handler)
+    assert "2 layers share the mean of their experts" in caplog.text
+    expected, found = apart.state_dict(), pooled.state_dict()
+    experts = {name for name in expected if ".mlp.experts." in name}
+    assert expected.keys() - found.keys() == {name for name in experts if name.split(".")[2] in "13"}
+    for name, tensor in found.items():
+        mean = expected[name]
+        if name in experts:
+            layer = int(name.split(".")[2])
+            mean = (mean + expected[name.replace(f"layers.{layer}.", f"layers.{layer + 1}.")]) / 2
+        torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-7)
+    upcycle(tmp_path / "source", tmp_path / "chain", **options, layers_per_pool=2, max_shard_size="20KB")
+    written = CoEForCausalLM.from_pretrained(tmp_path / "chain")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in written.state_dict().items())
+
+
+def test_a_pool_is_written_out_for_each_of_its_layers():
+    source = build(num_iterations=1, iteration_scale=True, num_hidden_layers=4, layers_per_pool=2)
+    mixtral = downcycle(source)
+    assert difference(mixtral, source)[0] <= 1e-5
+    first, second, third = (layer.mlp.experts.gate_up_proj for layer in mixtral.model.layers[:3])
+    assert torch.equal(first, second) and not torch.equal(second, third)
+
+
 def test_only_a_coe_can_be_downcycled():
     with pytest.raises(ValueError, match="model_type='llama'"):
         downcycle(source_model("llama"))

@@ -38,6 +38,9 @@ class UpcycleArguments:
         default=0.0, metadata={"help": "Noise on the later routers, in units of the router's standard deviation."}
     )
     layers: list[int] | None = field(default=None, metadata={"help": "Source layers to keep. Unset: all."})
+    layers_per_pool: int = field(
+        default=1, metadata={"help": "Layers that share one pool, the mean of their experts; not the same function."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the noise."})
     max_shard_size: str = field(
         default="5GB", metadata={"help": "Largest output file, which bounds the memory needed."}
