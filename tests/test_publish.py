@@ -342,6 +342,14 @@ def test_a_link_in_the_run_is_refused_and_what_it_points_to_not_read(name, tmp_p
         publish.main([str(run), "--repo", REPO])
 
 
+def test_a_pipe_in_the_run_is_refused_and_not_waited_for(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "samples.json").unlink()
+    os.mkfifo(run / "samples.json")
+    with pytest.raises(ValueError, match=r"samples\.json is a link or no file"):
+        publish.main([str(run), "--repo", REPO])
+
+
 def a_link(hub):
     (hub / "loss_curve.jsonl").unlink()
     (hub / "loss_curve.jsonl").symlink_to("/etc/passwd")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upcycled checkpoints compute what transformers' own class of the source computes, and appear whole or not at all."""
 
+import copy
 import inspect
 import json
 import logging
@@ -225,6 +226,20 @@ def test_a_checkpoint_that_contradicts_its_tying_becomes_what_transformers_loads
     assert difference(source, chain)[0] <= 1e-5
 
 
+def test_making_the_weights_leaves_the_callers_config_as_it_was(tmp_path):
+    """The weights settle dtype and tying for themselves, here against what the config says."""
+    saved(source_model("llama", tie_word_embeddings=True).bfloat16(), tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    source = upcycling._Source(tmp_path / "source", None, False)
+    config = upcycling.chain_config(source.config)
+    before = copy.deepcopy(config.to_dict())
+    weights = upcycling._ChainWeights(source, config, None, 0.0, 0.0, 0)
+    assert config.to_dict() == before and config.tie_word_embeddings and not weights.config.tie_word_embeddings
+
+
 def with_tokenizer(folder):
     words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "the", "boat", "left"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -334,6 +349,7 @@ REFUSED = {
     "num_hidden_layers": ("mixtral", {}, {"layers": []}),
     "verify_text": ("mixtral", {}, {"verify": True, "verify_text": os.devnull}),
     "verify_text='/no/such/text'": ("mixtral", {}, {"verify": True, "verify_text": "/no/such/text"}),
+    "verify_text=.* cannot be read: 'utf-8'": ("mixtral", {}, {"verify": True, "verify_text": sys.executable}),
     "verify=True": ("mixtral", {}, {"verify_text": os.devnull}),
     "router_noise=nan": ("mixtral", {}, {"router_noise": float("nan")}),
     "router_noise=-0.1": ("mixtral", {}, {"router_noise": -0.1}),
