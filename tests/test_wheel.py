@@ -117,8 +117,8 @@ def test_a_recipe_of_the_working_directory_comes_before_the_package_s(tmp_path, 
     recipe = "configuration/pretrain/smoke.yaml"
     assert Path(find_configuration(recipe)).samefile(ROOT / recipe)
     (tmp_path / recipe).parent.mkdir(parents=True)
-    (tmp_path / recipe).write_text("model: mine\n")
-    assert parse(ModelArguments, arguments=["--config", recipe])[0].model == "mine"
+    (tmp_path / recipe).write_text("dtype: bfloat16\n")
+    assert parse(ModelArguments, arguments=["--config", recipe])[0].dtype == "bfloat16"
     assert find_configuration("configuration/pretrain/none.yaml") == "configuration/pretrain/none.yaml"
 
 
