@@ -89,3 +89,11 @@ def test_the_paper_recipe_is_the_published_set_up():
     assert (training.max_steps, training.warmup_steps, training.learning_rate) == (1000, 100, 3e-4)
     assert (training.adam_beta1, training.adam_beta2, training.weight_decay) == (0.9, 0.95, 0.01)
     assert (training.max_grad_norm, training.lr_scheduler_type) == (1.0, "constant_with_warmup")
+
+
+def test_the_demo_s_recorded_runs_have_its_recipe():
+    recorded = json.loads((PROJECT / "model_cards" / "studies" / "pretrain_smoke.json").read_text())
+    recipe = yaml.safe_load((PROJECT / "configuration" / "pretrain" / "smoke.yaml").read_text())
+    preset = json.loads((PROJECT / recipe["model"]).read_text())
+    assert (recorded["recipe"], recorded["preset"]) == (recipe, preset)
+    assert {run["evaluations"][-1]["step"] for run in recorded["runs"]} == {recipe["max_steps"]}
