@@ -44,6 +44,13 @@ RUNS ?= runs/smoke=coe-demo
 release-dry-run: $(ENVIRONMENT)/.dev
 	$(BIN)/python train/studies/release.py $(RUNS)
 
+# transformers' own common model tests, from the source distribution of the installed version; about ten minutes.
+test-transformers: $(ENVIRONMENT)/.dev
+	mkdir -p .cache && cd .cache && name=$$(../$(BIN)/pip freeze | grep '^transformers==' | sed 's/==/-/') && \
+	{ test -d "$$name" || { ../$(BIN)/pip download --quiet --no-deps --no-build-isolation --no-binary :all: \
+		"$$(echo $$name | sed 's/-/==/')" && tar xzf "$$name.tar.gz"; }; } && \
+	../$(BIN)/pip install --quiet parameterized && ../$(BIN)/python ../tests/transformers_common.py "$$name"
+
 lint: $(ENVIRONMENT)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -86,3 +86,6 @@ def count_adapted(model: PeftModel) -> dict[str, int]:
     if wanted & set(EXPERTS) and "experts" not in adapted:
         raise ValueError(f"`target_parameters={sorted(wanted)}` names the experts, but none has an adapter.")
     return dict(counts)
+
+
+__all__ = ["count_adapted", "lora_config"]

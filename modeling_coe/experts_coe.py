@@ -396,3 +396,6 @@ class _RouterLinear(torch.autograd.Function):
         grad_input = (grad_logits @ weight.float()).to(hidden_states.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = (grad_logits.t() @ hidden_states.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_input, grad_weight
+
+
+__all__ = ["coe_experts_forward", "is_packed", "no_slices", "one_weight_gradient", "router_linear"]

@@ -790,7 +790,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         if skip_logits and labels is not None:
             loss = self._loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
         else:
-            # `slice_logits_to_keep` of newer hosts knows more forms; this one is in every supported version.
+            # Newer versions of transformers have `slice_logits_to_keep`; this form works in every supported one.
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
             if labels is not None:

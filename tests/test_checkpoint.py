@@ -142,7 +142,7 @@ def test_remote_code_gives_the_same_logits_without_the_package(tmp_path):
     assert result.stdout.strip().endswith("same logits"), result.stderr[-3000:]
 
 
-def test_remote_code_needs_no_package_but_the_hosts(model, tmp_path):
+def test_remote_code_needs_no_package_but_torch_and_transformers(model, tmp_path):
     from transformers.dynamic_module_utils import get_imports
 
     model.save_pretrained(tmp_path)

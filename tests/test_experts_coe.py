@@ -195,7 +195,7 @@ def test_gradients_pass_gradcheck_in_double_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_close_to_fp32_as_the_hosts_grouped_mm(dtype):
+def test_half_precision_is_as_close_to_fp32_as_transformers_grouped_mm(dtype):
     index = ROUTING["uneven"]()
 
     def error(implementation):
