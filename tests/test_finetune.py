@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
-from modeling_coe.train import arguments, finetune, plan, publish
+from modeling_coe.train import arguments, eval_lm, finetune, plan, publish
 from modeling_coe.train.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -22,7 +22,7 @@ from modeling_coe.train.arguments import (
     PretrainArguments,
     parse,
 )
-from modeling_coe.train.data import load_documents, load_tokenizer, short_enough, validation_loss
+from modeling_coe.train.data import load_documents, load_tokenizer, losses, short_enough
 from modeling_coe.train.report import routing_health
 
 
@@ -89,9 +89,20 @@ def whole_run(checkpoint, tmp_path_factory):
 
 def test_fine_tuning_lowers_the_validation_loss_and_writes_facts(whole_run):
     facts = json.loads((whole_run / "facts.json").read_text())
-    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"] - 0.1
+    assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
+
+
+def test_evaluation_reports_what_the_run_reported(checkpoint, whole_run, tmp_path):
+    facts = json.loads((whole_run / "facts.json").read_text())
+    data = {"train_problems": 24, "validation_problems": 6, "scored_problems": 2, "max_new_tokens": 4}
+    options = {"model": whole_run, "dataset": "word_problems", "output_dir": tmp_path, **data}
+    eval_lm.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+    scored = json.loads((tmp_path / "facts.json").read_text())
+    for name in ("validation_loss", "answer_loss", "share_solved", "scored_problems"):
+        assert scored[name] == pytest.approx(facts[name], rel=1e-5), name
+    assert scored["validation_loss"] != pytest.approx(scored["answer_loss"], rel=1e-2)
 
 
 def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
@@ -100,8 +111,8 @@ def test_fine_tuned_run_leaves_what_a_model_card_needs(whole_run):
     card = (whole_run / "hub" / "README.md").read_text()
     facts = json.loads((whole_run / "facts.json").read_text())
     assert facts["tokens"] > 0 and f"{facts['tokens']:,} tokens in 4 steps" in card
-    assert "validation loss of the answers" in card and f"{facts['before']['validation_loss']:.4g} |" in card
-    assert f"{facts['after']['validation_loss']:.4g} |" in card and "base_model: user/base" in card
+    assert "| validation | loss of the answers" in card and f"{facts['before']['answer_loss']:.4g} |" in card
+    assert f"{facts['after']['answer_loss']:.4g} |" in card and "base_model: user/base" in card
 
 
 def test_a_finished_run_repeated_is_the_same_run(checkpoint, whole_run, tmp_path):
@@ -176,7 +187,7 @@ def test_lora_trains_and_resumes(checkpoint, tmp_path):
     whole = curve(tmp_path)
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert set(facts["trained_parameters"]) == {"attention", "experts", "router"}
-    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"]
+    assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"]
     shutil.rmtree(tmp_path / "checkpoint-4")
     finetune.main(command(checkpoint, tmp_path, **recipe))
     assert curve(tmp_path) == pytest.approx(whole, abs=1e-5)
@@ -193,7 +204,7 @@ def test_qlora_trains_on_experts_in_4_bits_and_says_their_share(checkpoint, tmp_
     share = count_parameters(model.config)["experts"] / model.num_parameters()
     assert f"{share:.1%} of the weights are in 4 bits" in capsys.readouterr().out and share > 0.85
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
-    assert facts["after"]["validation_loss"] < facts["before"]["validation_loss"]
+    assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"]
     assert facts["trained_parameters"]["experts"] > 0
 
 
@@ -294,7 +305,7 @@ def test_validation_loss_counts_every_completion_token_once(checkpoint):
         for position in range(start, len(ids)):
             total -= log_probs[position - 1, ids[position]].item()
             count += 1
-    assert validation_loss(model, tokenizer, documents, batch_size=3) == pytest.approx(total / count, rel=1e-5)
+    assert losses(model, tokenizer, documents, batch_size=3)["answer_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_long_documents_are_dropped_only_when_asked_for(checkpoint):

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import logger as trainer_logger
 
-from modeling_coe.train import pretrain, report
+from modeling_coe.train import eval_lm, pretrain, report
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from modeling_coe.train.checkpoints import checkpoints, newest_checkpoint
 from modeling_coe.train.report import read_curve
@@ -94,6 +94,16 @@ def test_the_validation_loss_is_the_mean_over_all_validation_tokens(whole_run, p
         total -= scores.gather(1, ids[0, 1:, None]).sum().item()
         count += ids.shape[1] - 1
     assert curve(whole_run)[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_reports_what_the_run_reported(whole_run, tmp_path):
+    facts = json.loads((whole_run / "facts.json").read_text())
+    data = {"train_problems": 90, "validation_problems": 9, "scored_problems": 5, "max_new_tokens": 6}
+    settings = {"model": whole_run, "dataset": "word_problems", "output_dir": tmp_path, **data}
+    eval_lm.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+    scored = json.loads((tmp_path / "facts.json").read_text())
+    for name in ("validation_loss", "share_solved", "scored_problems"):
+        assert scored[name] == pytest.approx(facts[name], rel=1e-5), name
 
 
 # One process that imports everything once and lets its children be killed, each at the place its parent names.

@@ -312,26 +312,54 @@ def final_answer(text: str) -> str | None:
 
 
 @torch.no_grad()
-def validation_loss(
+def losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Dataset, batch_size: int = 16
-) -> float:
-    """Nats per token of the completions, of whole texts where there are no prompts; every token counts the same."""
+) -> dict[str, float]:
+    """Nats per token, every token counting the same: `validation_loss` of the whole documents, as pretraining reports
+    it, and `answer_loss` of the completions alone, where there are prompts.
+    """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    totals = torch.zeros(2, 2, dtype=torch.float64)
     for batch in documents.iter(batch_size):
         encoded = _encode(batch, tokenizer)["input_ids"]
         starts = [0] * len(encoded) if "text" in batch else [len(ids) for ids in tokenizer(batch["prompt"]).input_ids]
         inputs = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding_side="right").to(model.device)
-        position = torch.arange(inputs.input_ids.shape[1], device=model.device)
-        start = torch.tensor(starts, device=model.device)[:, None].clamp(min=1)
-        counted = inputs.attention_mask.bool() & (position >= start)
-        labels = inputs.input_ids.masked_fill(~counted, -100)
         logits = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-        total, count = total + losses.item(), count + int(counted[:, 1:].sum())
+        targets = inputs.input_ids[:, 1:]
+        scores = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+        counted = inputs.attention_mask[:, 1:].bool()
+        position = torch.arange(1, targets.shape[1] + 1, device=model.device)
+        answers = counted & (position >= torch.tensor(starts, device=model.device)[:, None])
+        for row, mask in enumerate((counted, answers)):
+            totals[row] += torch.stack([scores[mask].double().sum(), mask.sum().double()]).cpu()
     model.train(was_training)
-    return total / count
+    whole, answers = (totals[:, 0] / totals[:, 1]).tolist()
+    return {"validation_loss": whole} | ({"answer_loss": answers} if "prompt" in documents.column_names else {})
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Dataset,
+    scored_problems: int,
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[dict[str, float], list[dict]]:
+    """The losses of a model and, of problems with a final answer, the share solved; and all answers."""
+    problems = as_problems(documents, scored_problems)
+    answers = solve(model, tokenizer, problems, batch_size, max_new_tokens) if len(problems) else []
+    result = losses(model, tokenizer, documents, batch_size)
+    if (share := share_solved(answers)) is not None:
+        result["share_solved"] = share
+    return result, answers
+
+
+def share_solved(answers: list[dict]) -> float | None:
+    """None if there is no problem with a final answer."""
+    if all(final_answer(answer["expected"]) is None for answer in answers):
+        return None
+    return sum(answer["solved"] for answer in answers) / len(answers)
 
 
 def short_enough(

@@ -5,8 +5,9 @@
     python train/eval_lm.py --model runs/finetune_lora --dataset path/or/hub-id --scored_problems 100
     python train/eval_lm.py --model runs/smoke --tasks my_task --task_folder path/to/yaml --output_dir runs/smoke/eval
 
-The loss is per token of the answers, of whole texts where there are no questions; answers are generated greedily, in
-batches. Tasks need `pip install lm_eval`; a folder of local YAML tasks works offline.
+The loss is per token of whole documents (`validation_loss`, as pretraining reports it) and, where there are questions,
+of the answers alone (`answer_loss`, as fine-tuning does); answers are generated greedily, in batches. Tasks need
+`pip install lm_eval`; a folder of local YAML tasks works offline.
 """
 
 import json
@@ -29,7 +30,7 @@ from modeling_coe.train.arguments import (
     require_least,
     require_weights,
 )
-from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
+from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
 from modeling_coe.train.report import environment, keep_output_short
 from modeling_coe.train.runs import result_folder, write_json
 
@@ -105,18 +106,18 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, evaluation: E
     length = min(data.sequence_length, model.config.max_position_embeddings)
     documents = short_enough(documents, "validation", tokenizer, length, data.drop_long_documents)
 
-    loss = validation_loss(model, tokenizer, documents, evaluation.batch_size)
+    scores, answers = score(
+        model, tokenizer, documents, data.scored_problems, evaluation.batch_size, data.max_new_tokens
+    )
     facts = {
         "model": model_arguments.model,
         "dataset": data.dataset,
         "validation_documents": len(documents),
-        "validation_loss": loss,
-        "perplexity": math.exp(min(loss, math.log(sys.float_info.max))),
+        **scores,
+        "perplexity": math.exp(min(scores["validation_loss"], math.log(sys.float_info.max))),
+        "scored_problems": len(answers),
     }
-    problems = as_problems(documents, data.scored_problems)
-    if len(problems):
-        answers = solve(model, tokenizer, problems, evaluation.batch_size, data.max_new_tokens)
-        facts |= {"scored_problems": len(answers), "share_solved": sum(a["solved"] for a in answers) / len(answers)}
+    if answers:
         write_json(output / "samples.json", answers)
     if evaluation.tasks:
         facts["tasks"] = run_tasks(model, tokenizer, evaluation)

@@ -12,9 +12,9 @@ and .png, samples.json, and facts.json with the validation loss before and after
 
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 
-from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -43,7 +43,7 @@ from modeling_coe.train.checkpoints import (
     checkpoint_to_resume,
     train_from,
 )
-from modeling_coe.train.data import as_problems, load_documents, load_tokenizer, short_enough, solve, validation_loss
+from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
 from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
@@ -107,19 +107,6 @@ def load_model(
     return model
 
 
-def score(
-    trainer: Finetuner, documents: DatasetDict, data: DataArguments, batch_size: int
-) -> tuple[dict[str, float], list[dict]]:
-    """Validation loss per token and the share of problems solved, and the answers to them."""
-    tokenizer = trainer.processing_class
-    result = {"validation_loss": validation_loss(trainer.model, tokenizer, documents["validation"], batch_size)}
-    problems = as_problems(documents["validation"], data.scored_problems)
-    answers = solve(trainer.model, tokenizer, problems, batch_size, data.max_new_tokens) if len(problems) else []
-    if answers:
-        result["share_solved"] = sum(answer["solved"] for answer in answers) / len(answers)
-    return result, answers
-
-
 @command_line
 def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
@@ -172,9 +159,11 @@ def finetune(
     trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
     print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
 
-    before, _ = score(trainer, documents, data, training.per_device_eval_batch_size)
+    sizes = (data.scored_problems, training.per_device_eval_batch_size, data.max_new_tokens)
+    scores = partial(score, trainer.model, tokenizer, documents["validation"], *sizes)
+    before, _ = scores()
     has_trained = train_from(trainer, checkpoint)
-    after, answers = score(trainer, documents, data, training.per_device_eval_batch_size)
+    after, answers = scores()
     trainer.save_model()
     if trainer.is_world_process_zero():
         facts = {
@@ -191,6 +180,8 @@ def finetune(
             "after": after,
             "validation_loss_before": before["validation_loss"],
             "validation_loss": after["validation_loss"],
+            "answer_loss_before": before.get("answer_loss"),
+            "answer_loss": after.get("answer_loss"),
             "share_solved": after.get("share_solved"),
             "scored_problems": len(answers),
             "train_seconds": seconds_trained(trainer.state.log_history),

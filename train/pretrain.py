@@ -44,7 +44,7 @@ from modeling_coe.train.checkpoints import (
     checkpoint_to_resume,
     train_from,
 )
-from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, solve
+from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, share_solved, solve
 from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
@@ -92,8 +92,8 @@ class Pretrainer(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints,
                 self.args.per_device_eval_batch_size,
                 self.max_new_tokens,
             )
-            if any("####" in answer["expected"] for answer in self.answers):
-                output.metrics["eval_solved"] = sum(answer["solved"] for answer in self.answers) / len(self.answers)
+            if (share := share_solved(self.answers)) is not None:
+                output.metrics["eval_solved"] = share
         self.metrics, self.evaluated_step = output.metrics, self.state.global_step
         return output
 

@@ -136,6 +136,10 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     # Fine-tuning on questions and answers scores the answers alone, and its record says so.
     is_pair = "lora" in record and "prompt" in record["data"]["columns"]
     loss = "loss of the answers, nats per token" if is_pair else "loss, nats per token"
+    if is_pair:
+        run = run | {
+            name: run[name.replace("validation", "answer")] for name in ("validation_loss", "validation_loss_before")
+        }
     evaluation = [("loss", loss, run["validation_loss"], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
