@@ -1,4 +1,4 @@
-# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# Copyright 2026 The Chain-of-Experts team. All rights reserved. trf-ignore: TRF028, SPDX names the licence
 # SPDX-License-Identifier: Apache-2.0
 """CoE model configuration: Mixtral's fields under Mixtral's names, and those that describe the chain."""
 

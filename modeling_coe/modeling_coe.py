@@ -1,4 +1,4 @@
-# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# Copyright 2026 The Chain-of-Experts team. All rights reserved. trf-ignore: TRF028, SPDX names the licence
 # SPDX-License-Identifier: Apache-2.0
 #
 # Attention, RoPE and the eager experts follow transformers' modeling_mixtral.py, changed for CoE:
@@ -564,7 +564,7 @@ class CoEModel(CoEPreTrainedModel):
         self.rotary_emb = CoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         if config.layers_per_pool > 1:
-            # Accelerate's FSDP2 gathers each of these classes by itself.
+            # CODEPATH: as above; Accelerate's FSDP2 gathers each of these classes by itself
             self._no_split_modules = [*self._no_split_modules, "CoEExperts"]
 
         # Initialize weights and apply final processing
