@@ -563,8 +563,8 @@ class CoEModel(CoEPreTrainedModel):
         self.norm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = CoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        # CODEPATH: in models whose layers share a pool, Accelerate's FSDP2 has to gather the pool by itself
         if config.layers_per_pool > 1:
-            # CODEPATH: as above; Accelerate's FSDP2 gathers each of these classes by itself
             self._no_split_modules = [*self._no_split_modules, "CoEExperts"]
 
         # Initialize weights and apply final processing
