@@ -320,6 +320,7 @@ class ExpertsQuantizer(HfQuantizer):
                 f"The checkpoint does not hold {missing} as {self.quantization_config.bits}-bit integers with their "
                 "`_scale`; download it again, or quantise the original once more."
             )
+        _let_go_of_the_file(model)
         # Files hold the fused tensors; the model's own conversions would take them apart into experts.
         model._weight_conversions = []
         shares = quantized_share(model)
@@ -412,6 +413,17 @@ class _Deserialize(ConversionOps):
         values = values.view(*shape[:-1], -1)
         weight = QuantizedWeight(values, scale.view(*shape[:-1], -1).to(empty.dtype), shape, bits).pack()
         return {full_layer_name: nn.Parameter(weight, requires_grad=False)}
+
+
+def _let_go_of_the_file(model: nn.Module):
+    """Copies what still lies in the mapped file, or its pages of the weights that were packed anew stay resident."""
+    parameters = list(model.parameters())
+    if any(isinstance(weight, QuantizedWeight) and weight.packed for weight in parameters):
+        for tensor in (*parameters, *model.buffers()):
+            if not isinstance(tensor, QuantizedWeight):
+                tensor.data = tensor.data.clone()
+            elif not tensor.packed:
+                tensor.values, tensor.scale = tensor.values.clone(), tensor.scale.clone()
 
 
 def quantized_share(model: nn.Module) -> dict[tuple[str, int], float]:

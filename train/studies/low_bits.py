@@ -44,7 +44,8 @@ VARIANTS = {
     "experts int4, rest int8": {"bits": 4, "rest_bits": 8},
 }
 STEPS = {1: 8, 8: 4, 16: 2}
-# In a process of its own: what loading adds to the resident memory of Python, torch and transformers.
+# In a process of its own: what a model adds to the resident memory of Python, torch and transformers. Each weight is
+# read once, for those that transformers maps from the file are not resident before.
 LOAD = """
 import sys, torch, transformers, modeling_coe
 def resident():
@@ -52,6 +53,8 @@ def resident():
     return 1024 * int(fields["VmRSS"].split()[0])
 before = resident()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="coe", dtype="bfloat16")
+for parameter in model.parameters():
+    vars(parameter).get("values", parameter.data).view(torch.uint8).max()
 print(resident() - before)
 """
 
