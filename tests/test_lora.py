@@ -92,9 +92,31 @@ def test_a_saved_adapter_is_reloaded_merged_and_trained_on(router, tmp_path):
     assert_equal_to_1e6(again(inputs).logits, expected)
 
 
-def saved_expert_stacks(num_iterations: int) -> int:
+@pytest.mark.parametrize("implementation", ["coe", "grouped_mm"])
+def test_the_experts_of_a_pool_have_one_adapter_which_merges_exactly(implementation, tmp_path):
+    fields = {"num_hidden_layers": 4, "layers_per_pool": 2, "num_iterations": 2, "initializer_range": 0.05}
+    build(**fields).save_pretrained(tmp_path / "base")
+    model = adapted(model=CoEForCausalLM.from_pretrained(tmp_path / "base").eval())
+    model.set_experts_implementation(implementation)
+    own = expected_counts("none", True)["experts"]
+    assert count_adapted(model)["experts"] == own  # of two pools, as of two layers of a pool each
+    inputs = tokens(3, 11)
+    output = model(inputs)
+    assert (output.logits - build(**fields)(inputs).logits).abs().max() > 1e-3
+    model.train()(inputs, labels=inputs).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_equal_to_1e6(again(inputs).logits, output.logits)
+    merged = model.merge_and_unload()
+    assert_equal_to_1e6(merged(inputs).logits, output.logits)
+    names = [name for name in merged.state_dict() if ".mlp.experts." in name]
+    assert len(names) == 2 * 2
+
+
+def saved_expert_stacks(num_iterations: int, **pools) -> int:
     """Bytes of the expert-stack-sized tensors that autograd keeps of a LoRA forward, without the parameters."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 16, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 16, "num_hidden_layers": 1, **pools}
     model = build(num_iterations=num_iterations, num_attention_heads=4, num_key_value_heads=4, **sizes)
     experts = model.model.layers[0].mlp.experts
     stacks = {experts.gate_up_proj.nbytes, experts.down_proj.nbytes}
@@ -118,6 +140,10 @@ def test_one_merged_copy_of_the_experts_serves_all_iterations():
     one, four = saved_expert_stacks(1), saved_expert_stacks(4)
     assert one > 0
     assert four <= 1.1 * one
+
+
+def test_one_merged_copy_of_the_experts_serves_all_layers_of_a_pool():
+    assert saved_expert_stacks(2, num_hidden_layers=4, layers_per_pool=4) <= 1.1 * saved_expert_stacks(2)
 
 
 def test_the_cached_merge_has_the_gradients_of_a_merge_per_iteration(monkeypatch):
