@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -29,7 +29,9 @@ WRITTEN = "written.json"
 
 
 def require_model(option: str, name: str | os.PathLike, file: str = "config.json"):
-    """Fails at once where `name` is neither a folder or file of this machine nor a model of the Hub, which has `file`.
+    """Fails at once where `name` is neither a folder or file of this machine nor a repository of the Hub.
+
+    `file` is the one that such a repository usually has, and that is asked for.
 
     Raises:
         ValueError: naming the option, its value and the nearest name there is.
@@ -41,11 +43,15 @@ def require_model(option: str, name: str | os.PathLike, file: str = "config.json
     suggestion = _suggestion(path)
     if path.suffix == ".json" or name.startswith((".", "~")) or not _may_be_on_the_hub(name):
         raise ValueError(f"`{option}={name}`: no such folder or file.{suggestion}")
-    if isinstance(try_to_load_from_cache(name, file), str):
+    # An adapter has no configuration of a model, and a tokenizer may have none of its own.
+    known = (file, "adapter_config.json", "tokenizer.json")
+    if any(isinstance(try_to_load_from_cache(name, one), str) for one in known):
         return
     try:
         # One question. What transformers asks is repeated for half a minute where there is no network.
         get_hf_file_metadata(hf_hub_url(name, file), timeout=5)
+    except RemoteEntryNotFoundError:
+        return  # the repository is there, and transformers says what it needs of it
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

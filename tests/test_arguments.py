@@ -8,8 +8,10 @@ import time
 
 import pytest
 from conftest import whitespace_tokenizer
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from modeling_coe import folders
 from modeling_coe.train import eval_lm, finetune, generate, plan, pretrain, show_routing
 from modeling_coe.train.arguments import (
     DataArguments,
@@ -143,6 +145,19 @@ def test_a_mistyped_path_is_named_at_once(script, name, tmp_path, monkeypatch):
         script.main([*recipe, "--model", name])
     assert time.monotonic() - start < 10
     assert ("Did you mean runs/smoke?" in str(error.value)) == (name == "runs/smok")
+
+
+def test_a_repository_without_a_model_s_configuration_may_be_an_adapter(monkeypatch):
+    class NoSuchFile(RemoteEntryNotFoundError):
+        def __init__(self):
+            pass
+
+    def ask(url, timeout):
+        raise NoSuchFile
+
+    monkeypatch.setattr(folders, "get_hf_file_metadata", ask)
+    (model,) = parse(ModelArguments, arguments=["--model", "user/adapter"])
+    assert model.model == "user/adapter"
 
 
 def test_a_mistyped_tokenizer_is_named_at_once():
