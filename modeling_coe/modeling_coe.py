@@ -459,7 +459,8 @@ class CoEPreTrainedModel(PreTrainedModel):
                 f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). "
                 "Nothing was loaded: download or save the checkpoint again."
             ) from error
-        if loading_info["missing_keys"]:
+        # Without a path, the caller has put the tensors together and knows what is not among them.
+        if loading_info["missing_keys"] and pretrained_model_name_or_path is not None:
             cls._refuse_lost_keys(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
         return (model, loading_info) if output_loading_info else model
 
