@@ -75,11 +75,12 @@ class QuantizedWeight(torch.Tensor):
         if self.bits == 8 or self.packed or block == 0:
             return self
         missing = -rows % block
-        values = [
-            aten._convert_weight_to_int4pack_for_cpu(F.pad(matrix + 8, (0, 0, 0, missing)).int(), 1)
-            for matrix in self.integers().view(-1, *self.shape[-2:])
-        ]
-        values = torch.stack(values).view(*self.shape[:-2], rows + missing, -1)
+        values = self.values.new_empty(*self.shape[:-2], rows + missing, self.shape[-1] // 2)
+        matrices = [_select(self, expert) for expert in range(len(self))] if self.dim() == 3 else [self]
+        # Written one by one into place: what is freed in between lets the heap shrink again.
+        for matrix, target in zip(matrices, values.view(-1, *values.shape[-2:]), strict=True):
+            integers = F.pad(matrix.integers() + 8, (0, 0, 0, missing)).int()
+            target.copy_(aten._convert_weight_to_int4pack_for_cpu(integers, 1).view_as(target))
         scale = F.pad(self.scale, (0, 0, 0, missing)).transpose(-1, -2)
         scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)
         return QuantizedWeight(values, scale, self.shape, 4, packed=True)

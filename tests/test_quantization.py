@@ -398,3 +398,17 @@ def test_the_plan_to_serve_names_what_fits(capsys):
     with pytest.raises(SystemExit):
         plan.main(arguments)
     assert "--serve needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["CoE", "CoE with a shared expert"])
+def test_a_chain_larger_than_its_memory_runs_from_disk(model, folder, tmp_path):
+    """accelerate keeps on disk what does not fit, and fetches a layer for its pass, once for all iterations."""
+    pytest.importorskip("accelerate")
+    whole = load(folder / model)
+    budget = sum(parameter.nbytes for parameter in whole.parameters()) // 2
+    part = load(folder / model, device_map="auto", max_memory={"cpu": budget}, offload_folder=tmp_path)
+    assert set(part.hf_device_map.values()) == {"cpu", "disk"}
+    held = sum(parameter.nbytes for parameter in part.parameters() if parameter.device.type != "meta")
+    assert held <= budget
+    with torch.no_grad():
+        assert torch.equal(part(tokens(2, 7)).logits, whole(tokens(2, 7)).logits)

@@ -130,8 +130,9 @@ def decoding(folder: Path, rounds: int) -> dict:
             rows.setdefault(family, {})[variant] = {
                 "tokens_per_second": round(batch * steps / statistics.median(own), 2),
                 "ratio to bf16": ratio(seconds[family, "bf16"], own),
-                "ratio to Mixtral": ratio(seconds["Mixtral MoE(8/64)", variant], own),
             }
+            if ("Mixtral MoE(8/64)", variant) in seconds:
+                rows[family][variant]["ratio to Mixtral"] = ratio(seconds["Mixtral MoE(8/64)", variant], own)
         print(json.dumps({f"batch {batch}": rows}, indent=1), flush=True)
     return results
 
