@@ -5,11 +5,9 @@ ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
-# On Linux, pip's own index has the CUDA build of torch, several GB. Without an NVIDIA GPU the CPU build (200 MB) comes
-# from PyTorch's index, if that answers. `make demo TORCH_INDEX=` leaves the choice to pip.
-ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-endif
+# pip decides which build of torch it takes; on Linux that is the CUDA build, several GB. Where the CPU build is enough,
+# name PyTorch's index for it (pytorch.org, "Get started"): `make demo TORCH_INDEX=...`
+TORCH_INDEX ?=
 # Models this small gain little from a second thread, and lose much when the cores are shared.
 export OMP_NUM_THREADS ?= 1
 QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
@@ -62,8 +60,7 @@ $(BIN)/python:
 
 # $(call torch,environment,constraints): from torch's index only torch itself, for it lacks other pinned versions.
 define torch
-	$(if $(TORCH_INDEX),$(1)/bin/python -m pip --quiet --retries 1 --timeout 15 install --constraint $(2) --no-deps \
-	  --index-url $(TORCH_INDEX) torch || echo "No torch from there: pip's own index is asked.")
+	$(if $(TORCH_INDEX),$(1)/bin/python -m pip --quiet install --constraint $(2) --no-deps --index-url $(TORCH_INDEX) torch)
 endef
 
 # $(call install,environment,constraints,extra)
