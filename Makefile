@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 TORCH_INDEX ?=
 # Models this small gain little from a second thread, and lose much when the cores are shared.
 export OMP_NUM_THREADS ?= 1
-QUESTION ?= Mia has 4 apples. Mia buys 5 more. How many apples does Mia have now?
+QUESTION ?= Mia has 5 apples. Mia buys 4 more. Mia gives away 2. How many apples does Mia have now?
 NEXT := Uma has 3 coins. Uma finds 4 more. Uma loses 2. How many coins does Uma have now?
 
 .PHONY: demo test test-slow test-oldest test-vllm release-dry-run lint clean

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a saved model one question, in the layout it was trained on:
 
-python train/generate.py --model runs/smoke --question "Mia has 4 apples. Mia buys 5 more. How many are there now?"
+python train/generate.py --model runs/smoke \\
+    --question "Mia has 5 apples. Mia buys 4 more. Mia gives away 2. How many apples does Mia have now?"
 """
 
 from dataclasses import dataclass, field

@@ -35,7 +35,8 @@ class Level:
 
 
 LEVELS = {
-    1: Level("+-", (1, 3), 9),  # one digit: nothing to carry, and no number of two tokens
+    # One digit, so that nothing is carried; no single step, whose few plans a model would remember one by one.
+    1: Level("+-", (2, 3), 9),
     2: Level("+-*/", (1, 3), 20),
     3: Level("+-*/", (2, 4), 100),
     4: Level("+-*/", (3, 6), 1000),
