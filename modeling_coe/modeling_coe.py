@@ -26,7 +26,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub, use_kernelized_func
+from transformers.integrations import (
+    is_deepspeed_zero3_enabled,
+    use_experts_implementation,
+    use_kernel_forward_from_hub,
+    use_kernelized_func,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import (
@@ -566,6 +571,11 @@ class CoEModel(CoEPreTrainedModel):
         self.gradient_checkpointing = False
         # CODEPATH: in models whose layers share a pool, Accelerate's FSDP2 has to gather the pool by itself
         if config.layers_per_pool > 1:
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    f"`layers_per_pool={config.layers_per_pool}` does not work under DeepSpeed's ZeRO-3, which frees "
+                    "the weights of a pool after its first layer. Use FSDP2, ZeRO-2, or `layers_per_pool=1`."
+                )
             self._no_split_modules = [*self._no_split_modules, "CoEExperts"]
 
         # Initialize weights and apply final processing

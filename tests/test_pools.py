@@ -267,6 +267,13 @@ def test_pipeline_ranks_are_refused_by_name():
         pooled()._resolve_parallel_plans(SimpleNamespace(pp_size=2))
 
 
+def test_zero_3_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("modeling_coe.modeling_coe.is_deepspeed_zero3_enabled", lambda: True)
+    pooled(layers_per_pool=1)
+    with pytest.raises(ValueError, match=r"layers_per_pool=2.*ZeRO-3"):
+        pooled()
+
+
 def test_sharded_data_parallelism_gathers_pools_apart_from_their_layers():
     shared, own = pooled(), pooled(layers_per_pool=1)
     assert shared._no_split_modules == {"CoEDecoderLayer", "CoEExperts"}
