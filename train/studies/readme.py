@@ -66,29 +66,34 @@ def use() -> str:
     (batch,) = (value for key, value in suites["decode"].items() if key.startswith("decode, batch 16,"))
     chain, nested, mixtral = "CoE-2(4/64)", "nested CoE-2(4/64)", "Mixtral MoE(8/64)"
     at_7m, at_3m = difference("equal_compute_small", nested, mixtral), difference("seeds_tiny", nested, mixtral)
+    pools = result("pool_memory_small")["rows"]["CoE-2(4/64), four layers a pool"]["plain"]
+    shared = difference("pools_tiny", "CoE-2(4/32), one pool of a quarter", "Mixtral MoE(8/32)")
     return table(
         ("", ""),
         (
             "What does it give?",
             "Chains of experts under Mixtral's names, from the configuration to the Hub. A training step of "
             f"{chain} takes {peak[chain]['ratio']:.2f}x of Mixtral's memory beyond weights and optimizer, at "
-            f"{step[chain]['ratio']:.2f}x its speed.",
+            f"{step[chain]['ratio']:.2f}x its speed. Where four layers visit one pool, the peak of a whole step is "
+            f"{pools['of_mixtrals_peak']:.2f}x of Mixtral's.",
         ),
         (
             "What does it cost?",
             f"Decoding 16 sequences at once runs at {batch[chain]['ratio']:.2f}x of Mixtral's speed: two choices of "
-            "four touch more experts than one choice of eight.",
+            "four touch more experts than one choice of eight. Four layers on one pool of a quarter of the experts "
+            f"ended {shared:+.2f} nats (natural units of the loss, per token) from Mixtral, which three seeds do not "
+            "decide.",
         ),
         (
             "Does a chain learn better?",
-            f"We could not show it. At equal compute and memory, its validation loss ends {at_3m:+.2f} nats (natural "
-            f"units, per token) from Mixtral's at 2.9 M parameters and {at_7m:+.2f} at 7 M, where Mixtral with "
-            "doubled router weights gains as much.",
+            f"We could not show it. At equal compute and memory, its validation loss ends {at_3m:+.2f} nats from "
+            f"Mixtral's at 2.9 M parameters and {at_7m:+.2f} at 7 M, where Mixtral with doubled router weights gains "
+            "as much.",
         ),
         (
             "Where was that measured?",
-            "On models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds, a tuned learning rate each. "
-            "Whether it holds at a larger size is open.",
+            "On models of 2.9 M and 7 M parameters trained on GSM8K, with three to ten seeds; memory on one of 37 M. "
+            "Whether it holds for larger models is open.",
         ),
         (
             "When is Mixtral better?",
