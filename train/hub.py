@@ -21,6 +21,10 @@ NEWER_SECRETS = {
 }
 
 
+# The paragraph of model_cards/template.md that an upload makes untrue.
+NOT_UPLOADED = re.compile(r"^`[^`\n]+` is not uploaded yet\..*\n\n?", re.MULTILINE)
+
+
 def check_login():
     """A bad token fails here, before the work, and not after it."""
     HfApi().whoami()
@@ -83,6 +87,8 @@ def files_to_upload(folder: Path) -> Iterator[tuple[str, Path]]:
 def push(folder: Path, repo: str, is_private: bool) -> str:
     """Upload the folder in one commit, before which nothing is visible; weights of an earlier commit go.
 
+    The card goes without its paragraph that says it is not uploaded yet.
+
     Interrupted, it is simply run again: what has arrived is not sent twice. Returns the address of the commit.
     """
     files = dict(files_to_upload(folder))
@@ -91,6 +97,9 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
     api.create_repo(repo, private=is_private, exist_ok=True)
     stale = [name for name in api.list_repo_files(repo) if ".safetensors" in name and name not in files]
     # Not `upload_folder`: it may split the folder into several commits.
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    contents = dict(files)
+    if card := files.get("README.md"):
+        contents["README.md"] = NOT_UPLOADED.sub("", card.read_text(encoding="utf-8")).encode()
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
     operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
     return api.create_commit(repo, operations, commit_message=f"Publish {repo}").commit_url

@@ -148,7 +148,6 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     known = {name: value for name, value in run.items() if name != "base"}
     facts = {
         "repo": options.repo,
-        "is_uploaded": options.push,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "license": options.license,
         "language": options.language,
