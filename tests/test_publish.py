@@ -398,7 +398,9 @@ def test_push_uploads_the_card_that_was_edited_and_says_so(tmp_path):
         command = f"import publish; publish.main([{str(run)!r}, '--repo', '{REPO}', '--push'])"
         result = run_script(command, hub, tmp_path / "home")
         assert result.returncode == 0, result.stderr[-3000:]
-        notice = f"`{REPO}` is not uploaded yet. Until it is, put the folder that `coe-publish` writes in its place.\n\n"
+        notice = (
+            f"`{REPO}` is not uploaded yet. Until it is, put the folder that `coe-publish` writes in its place.\n\n"
+        )
         assert hub.repositories[REPO].main["README.md"].decode() == edited.replace(notice, "") != edited
     assert "as it was prepared; README.md was changed" in result.stdout
 

@@ -184,10 +184,10 @@ def plot_curve(rows: list[dict], path: Path, title: str):
 
 
 def save_picture(figure: plt.Figure, path: Path):
-    """PNG with a palette of 64 colours, a quarter of the usual size; closes the figure."""
+    """PNG with a palette of 32 colours, a quarter of the usual size; closes the figure."""
     with io.BytesIO() as file:
         figure.savefig(file, dpi=110)
-        Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)
+        Image.open(file).convert("RGB").quantize(32).save(path, optimize=True)
     plt.close(figure)
 
 

@@ -77,18 +77,19 @@ def judged(results: dict[str, dict]) -> list[dict]:
 def plot_differences(claims: list[dict], path: Path):
     """The difference that decided each claim, with its 95 % interval; left of zero the first of the two is better."""
     colors = {"supported": "#1b7837", "contradicted": "#b2182b", "undecided": "0.55"}
-    figure, axis = plt.subplots(figsize=(11, 0.24 * len(claims) + 1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 0.18 * len(claims) + 1), layout="constrained")
     axis.axvline(0, color="0.3", linewidth=0.8)
     for height, claim in enumerate(claims):
         low, high = claim["interval"]
         difference, color = claim["difference"], colors[claim["verdict"]]
         axis.errorbar(difference, height, xerr=[[difference - low], [high - difference]], fmt="o", color=color)
     labels = [f"{claim['claim']}, {claim['scale']}".replace("`", "") for claim in claims]
-    axis.set_yticks(range(len(claims)), labels, fontsize=8)
-    axis.set(ylim=(len(claims) - 0.5, -0.5), xlabel="difference of the validation loss (nats per token)")
+    axis.set_yticks(range(len(claims)), labels, fontsize=7)
+    axis.set(ylim=(len(claims) - 0.5, -0.5), xlabel="difference in validation loss (nats)")
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend([plt.Line2D([], [], color=color, marker="o") for color in colors.values()], colors, loc="lower right")
+    handles = [plt.Line2D([], [], color=color, marker="o") for color in colors.values()]
+    figure.legend(handles, colors, loc="outside upper center", ncols=len(colors), frameon=False)
     save_picture(figure, path)
 
 
