@@ -57,7 +57,7 @@ if is_peft_available():
 def register_with_vllm():
     """vLLM's plugin, named in pyproject.toml: CoE runs on vLLM's transformers backend, without remote code.
 
-    vLLM 0.33 leaves the block as it is and replaces the experts alone, which it calls once per iteration.
+    vLLM 0.32 leaves the block as it is and replaces the experts alone, which it calls once per iteration.
     """
     from vllm import ModelRegistry
 
