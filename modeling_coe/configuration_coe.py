@@ -161,15 +161,25 @@ class CoEConfig(PreTrainedConfig):
 
     def validate_rope(self):
         """transformers' checks, whose KeyError for a missing key becomes a ValueError, and those of the values."""
-        rope = self.rope_parameters or {}
+        try:
+            self._check_rope(self.rope_parameters or {})
+            super().validate_rope()
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"CoEConfig: `rope_parameters={self.rope_parameters}`: {error.args[0]}") from error
+
+    def _check_rope(self, rope: dict):
         rope_type, types = rope.get("rope_type"), ("default", *ROPE_INIT_FUNCTIONS)
         self._require("rope_parameters", rope_type in types, f"a dict whose `rope_type` is one of {types}")
         for key, value in rope.items():
-            numbers = value if isinstance(value, list) else [value]
-            is_finite = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+            numbers = value if isinstance(value, list) and key in ("short_factor", "long_factor") else [value]
+            is_finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
             known = key in ("rope_type", "type") or value is None or is_finite
             self._require("rope_parameters", known, f"a dict of finite numbers, which `{key}={value!r}` is not")
         self._require("rope_parameters", (rope.get("rope_theta") or 0) > 0, "a dict whose `rope_theta` is above 0")
+        for key in ("factor", "original_max_position_embeddings"):
+            self._require(
+                "rope_parameters", key not in rope or (rope[key] or 0) > 0, f"a dict whose `{key}` is above 0"
+            )
         whole = rope.get("partial_rotary_factor", 1.0) == 1
         self._require("rope_parameters", whole, "without `partial_rotary_factor`: CoE rotates whole heads")
         if rope_type == "longrope":
@@ -177,10 +187,6 @@ class CoEConfig(PreTrainedConfig):
             for key in ("short_factor", "long_factor"):
                 fits = len(rope.get(key, [])) == self.head_dim // 2
                 self._require("rope_parameters", fits, f"a dict with head_dim / 2 = {self.head_dim // 2} `{key}`s")
-        try:
-            super().validate_rope()
-        except KeyError as error:
-            raise ValueError(f"CoEConfig: `rope_parameters={rope}`: {error.args[0]}") from error
 
     def check_pad_token(self):
         """The embedding's padding row must exist. Checked where a model is built, not while tokens are being added."""
@@ -285,6 +291,29 @@ TRANSFORMERS_KEYS = (
 # What other mixtures of experts call our fields; transformers would drop or ignore them silently.
 OTHER_NAMES = {
     "top_k": "num_experts_per_tok",
+    "topk": "num_experts_per_tok",
+    "moe_k": "num_experts_per_tok",
+    "num_selected_experts": "num_experts_per_tok",
+    "moe_num_experts": "num_local_experts",
+    "n_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "activation": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "layer_norm_eps": "rms_norm_eps",
+    "norm_eps": "rms_norm_eps",
+    "jitter_noise": "router_jitter_noise",
+    "router_noise": "router_jitter_noise",
+    "aux_loss_coef": "router_aux_loss_coef",
+    "aux_loss_alpha": "router_aux_loss_coef",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_seq_len": "max_position_embeddings",
+    "iterations": "num_iterations",
+    "num_iters": "num_iterations",
     "moe_top_k": "num_experts_per_tok",
     "moe_topk": "num_experts_per_tok",
     "n_experts": "num_local_experts",

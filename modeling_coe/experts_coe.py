@@ -89,7 +89,7 @@ def coe_experts_forward(
         return _slice_by_slice(self, hidden_states, top_k_index, top_k_weights)
     if torch.onnx.is_in_onnx_export():
         fallback = "batched_mm"
-    elif torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed():
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         fallback = "batched_mm" if decodes and not on_cpu else "grouped_mm"
     elif unsupported := _unsupported(self, hidden_states, weights):
         logger.warning_once(f"`experts_implementation='coe'` does not support {unsupported}: using 'grouped_mm'.")
@@ -227,7 +227,7 @@ class _Experts(torch.autograd.Function):
         _refuse_create_graph("experts")
         if grad_output is None:
             return None, None, None, grad_gate_up_proj, grad_down_proj, None, None
-        if _is_transformed(grad_output):
+        if is_transformed(grad_output):
             return _Experts.batched_backward(ctx, grad_output, grad_gate_up_proj, grad_down_proj)
         hidden_states, gate_up, top_k_weights, order, gate_up_proj, down_proj = ctx.saved_tensors
         needs_input, _, needs_router, needs_gate_up, needs_down = ctx.needs_input_grad[:5]
@@ -286,7 +286,7 @@ class _Experts(torch.autograd.Function):
         return grad_input, None, grad_router, *grads, None, None
 
 
-def _is_transformed(*tensors: torch.Tensor) -> bool:
+def is_transformed(*tensors: torch.Tensor) -> bool:
     """Whether `torch.func` (`grad`, `vmap`, ...) or `is_grads_batched=True` is at work.
 
     The names are private in torch 2.10 to 2.13, which has no public ones.
@@ -378,7 +378,7 @@ def _refuse_create_graph(name: str):
 def router_linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`hidden_states @ weight.T` in fp32, `[T, H]`, `[N, H]` -> `[T, N]`; backward keeps no fp32 copy of either."""
     plain = hidden_states.dtype == weight.dtype == torch.float32 or torch.compiler.is_compiling()
-    if plain or _is_transformed():
+    if plain or is_transformed():
         return F.linear(hidden_states.float(), weight.float())
     return _RouterLinear.apply(hidden_states, weight)
 

@@ -184,6 +184,9 @@ def _alone(output: Path) -> Iterator[Path]:
         hidden.mkdir(parents=True, exist_ok=True)
         if strangers := sorted({path.name for path in hidden.iterdir()} - {"lock", "pid", "new", "old"}):
             raise FileExistsError(f"{hidden} holds {strangers[0]}, which is not of this project; move it away")
+        folders = [path for path in (hidden / "new", hidden / "old") if path.exists() or path.is_symlink()]
+        if links := [path for path in (hidden, *folders) if path.is_symlink() or not path.is_dir()]:
+            raise FileExistsError(f"{links[0]} is a link or a file, which is not of this project; move it away")
         lock, writer = FileLock(hidden / "lock"), hidden / "pid"
         lock.acquire(blocking=False)
         writer.write_text(str(os.getpid()))
@@ -194,6 +197,12 @@ def _alone(output: Path) -> Iterator[Path]:
         ) from error
     except OSError as error:
         raise OSError(f"`output={output}` cannot be written: {error}.") from error
+    if (hidden / "old").exists() and output.exists() and changes_since_written(output):
+        lock.release()
+        raise FileExistsError(
+            f"{hidden / 'old'} is what `output={output}` was before a killed run, and another folder has that name "
+            "now; move one of them away."
+        )
     try:
         _clear(hidden, output)
         yield hidden

@@ -14,6 +14,7 @@ C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_coe import CoEConfig
-from .experts_coe import one_weight_gradient, router_linear
+from .experts_coe import is_transformed, one_weight_gradient, router_linear
 from .quantization import QuantizedExpertsConfig
 
 
@@ -831,7 +832,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
         # An attribute only, unless router logits were asked for: `output[1]` is Mixtral's, the logits.
-        output.aux_loss = aux_loss
+        object.__setattr__(output, "aux_loss", aux_loss)
         return output
 
     def _routed_tokens(
@@ -875,7 +876,10 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             return F.cross_entropy(self.lm_head(states).float(), chunk_targets, reduction="sum")
 
         chunks = zip(hidden_states.flatten(0, 1).split(512), targets.split(512), strict=True)
-        return sum(checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks) / num_items_in_batch
+        # torch.func's transforms take no checkpoints.
+        transformed = not torch.compiler.is_compiling() and is_transformed()
+        run = summed_loss if transformed else partial(checkpoint, summed_loss, use_reentrant=False)
+        return sum(run(*chunk) for chunk in chunks) / num_items_in_batch
 
     @staticmethod
     def _share_of_batch(

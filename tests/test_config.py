@@ -200,3 +200,25 @@ def test_parallel_plans_name_existing_modules_and_styles(options):
         assert f"model.{rule}" in names
         assert style in ALL_PARALLEL_STYLES
     assert "base_model_tp_plan" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": [1.0]},
+        {"rope_type": "default", "rope_theta": True},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": [2.0]},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 0},
+        {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": 1.0, "long_factor": 1.0},
+    ],
+)
+def test_rope_values_that_cannot_be_are_refused_by_name(rope):
+    with pytest.raises(ValueError, match="rope_parameters"):
+        CoEConfig(head_dim=8, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "n_heads", "hidden_dim", "num_selected_experts", "jitter_noise"])
+def test_names_of_other_models_are_refused_with_ours(key):
+    with pytest.raises(ValueError, match=f"unknown key `{key}=3`; did you mean"):
+        CoEConfig(**{key: 3})

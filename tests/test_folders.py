@@ -219,3 +219,27 @@ def test_facts_say_what_a_conversion_was_made_of(source, chain):
     facts = json.loads((chain / "facts.json").read_text())
     assert facts["model"] == str(source) and facts["base"] is None
     assert facts["upcycling"]["num_iterations"] == 3 and facts["upcycling"]["source_type"] == "mixtral"
+
+
+def test_the_folder_before_a_killed_replacement_is_kept_where_another_has_its_name(tmp_path):
+    old = tmp_path / ".out.incomplete" / "old" / "model.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").write_text("mine")
+    with (
+        pytest.raises(FileExistsError, match="before a killed run"),
+        whole_or_nothing(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert old.read_text() == "precious" and (tmp_path / "out" / "note").read_text() == "mine"
+
+
+def test_links_in_the_hidden_folder_are_not_followed(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    (tmp_path / ".out.incomplete").mkdir()
+    (tmp_path / ".out.incomplete" / "new").symlink_to(tmp_path / "thesis")
+    with pytest.raises(OSError, match="not of this project"), whole_or_nothing(tmp_path / "out"):
+        pass
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "mine"

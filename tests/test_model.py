@@ -595,3 +595,22 @@ def test_the_router_of_a_single_expert_learns_from_raw_weights_only_and_the_conf
     gradient = model.model.layers[0].mlp.gate.weight.grad
     assert gradient.abs().max().item() > 1e-6 if learns else gradient.abs().max().item() < 1e-6
     assert bool(warnings) is not learns and all("norm_topk_prob=False" in warning for warning in warnings)
+
+
+def test_the_loss_without_logits_has_gradients_under_functional_transforms():
+    model = build()
+    ids = torch.arange(3, 19).view(2, 8)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, skip_logits):
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False, "skip_logits": skip_logits}
+        return torch.func.functional_call(model, weights, (), inputs).loss
+
+    expected, found = (torch.func.grad(loss)(weights, skip) for skip in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_outputs_in_training_are_mixtrals(model):
+    ids = torch.arange(3, 19).view(2, 8)
+    output = model.train()(ids, labels=ids)
+    assert list(output.keys()) == ["loss", "logits", "past_key_values"] and output.aux_loss is not None

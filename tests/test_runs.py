@@ -60,7 +60,7 @@ def test_no_run_starts_in_a_folder_with_somebody_s_files_or_above_its_model(scri
 
 def test_a_run_does_not_start_from_a_checkpoint_in_its_own_folder(tmp_path):
     (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "run.json").write_text('{"data": {}, "training": {}}')
     with pytest.raises(ValueError, match=r"is or holds `model=.*checkpoint-4"), \
             run_folder(tmp_path / "run", str(tmp_path / "run" / "checkpoint-4")):  # fmt: skip
         pass
@@ -91,7 +91,7 @@ def test_what_a_killed_run_left_half_written_is_named_and_removed(tmp_path, caps
     (tmp_path / PARTIAL / "checkpoint-8").mkdir(parents=True)
     (tmp_path / PARTIAL / "checkpoint-8" / "model.safetensors").write_text("half")
     (tmp_path / ".facts.json.partial").write_text("{")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"data": {}, "training": {}}')
     with run_folder(tmp_path, "user/model"):
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "run.json"]
     printed = capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_a_damaged_record_is_named(model, tmp_path, name):
     build().save_pretrained(base)
     whitespace_tokenizer().save_pretrained(base)
     (output / "checkpoint-2").mkdir(parents=True)
-    (output / "run.json").write_text("{}")
+    (output / "run.json").write_text('{"data": {}, "training": {}}')
     damaged = (output if name == "run.json" else base) / name
     damaged.write_text('{"seed": 4')
     write = json.dumps({"text": "w5 w6 w7"}) + "\n"
@@ -215,3 +215,36 @@ def test_a_checkpoint_is_resumed_from_by_name_or_refused_by_name(tmp_path):
     for wanted in ("/nope", str(elsewhere)):
         with pytest.raises(ValueError, match=rf"{wanted}` is no checkpoint of .*checkpoint-4, checkpoint-12; leave"):
             checkpoints.checkpoint_to_resume(tmp_path / "run", wanted)
+
+
+def test_no_file_of_somebody_else_is_removed_emptied_or_followed(tmp_path):
+    """Links and files that stand where a run puts its own are named; the run does not start."""
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").write_text("mine")
+    for name, target in ((".lock", thesis / "chapter.tex"), (".partial", thesis)):
+        folder = tmp_path / f"run{name}"
+        folder.mkdir()
+        (folder / name).symlink_to(target)
+        with pytest.raises(OSError), run_folder(folder, "preset.json"):
+            pass
+    for name in (".partial/chapter.tex", ".lock"):
+        folder = tmp_path / f"own{name[:5]}"
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(OSError, match="not of this project"), run_folder(folder, "preset.json"):
+            pass
+        assert (folder / name).read_text() == "mine"
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / ".thesis.partial").write_text("mine")
+    with result_folder(folder):
+        pass
+    assert (folder / ".thesis.partial").read_text() == (thesis / "chapter.tex").read_text() == "mine"
+
+
+def test_another_programs_run_json_makes_no_run(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "npm run"}')
+    with pytest.raises(ValueError, match=r"holds run\.json"), run_folder(tmp_path, "preset.json"):
+        pass
+    assert (tmp_path / "run.json").read_text() == '{"name": "npm run"}'

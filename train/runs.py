@@ -29,6 +29,9 @@ PARTIAL = ".partial"
 LOCK = ".lock"
 RECORD = "run.json"
 PARTS = 64
+# What a killed run of ours leaves: these names, and nothing that a link leads to.
+HALF_WRITTEN = re.compile(r"(discarded-)?checkpoint-\d+")
+HALF_WRITTEN_JSON = tuple(f".{name}.json.partial" for name in ("facts", "routing", "run", "samples"))
 
 
 @contextmanager
@@ -40,12 +43,12 @@ def run_folder(folder: Path, model: str) -> Iterator[None]:
         OSError: the folder cannot be created or written, or another process has it.
     """
     source = Path(model).resolve()
-    if folder.resolve() in (source, *source.parents) and source.exists() and source.suffix != ".json":
+    if folder.resolve() in (source, *source.parents) and source.is_dir():
         raise ValueError(
             f"`output_dir={folder}` is or holds `model={model}`, which the run would overwrite; choose another folder."
         )
     others = [path.name for path in folder.glob("*") if path.name not in (PARTIAL, LOCK)] if folder.is_dir() else []
-    if others and not (folder / RECORD).is_file():
+    if others and not _is_record(folder / RECORD):
         names = ", ".join(sorted(others)[:3])
         raise ValueError(
             f"`output_dir={folder}` holds {names}{', ...' if len(others) > 3 else ''} and no {RECORD}: it is no run "
@@ -82,16 +85,43 @@ def _held(folder: Path) -> Iterator[None]:
         raise OSError(f"Cannot write to `output_dir={folder}`: {error}. Choose a folder you can write to.") from error
     try:
         # Whoever wrote these is dead, or it would hold the lock.
-        for path in (*(folder / PARTIAL).glob("*"), *folder.glob(".*.partial")):
+        for path in _left_half_written(folder):
             print(f"Removing {path}, which a killed run left half-written.")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        if (folder / PARTIAL).is_dir():
+            (folder / PARTIAL).rmdir()
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _left_half_written(folder: Path) -> list[Path]:
+    """What a killed run left in its folder.
+
+    Raises:
+        OSError: `.partial` is a link, or holds what no run writes there.
+    """
+    partial = folder / PARTIAL
+    inside = sorted(partial.glob("*")) if partial.is_dir() else []
+    strange = [path for path in inside if path.is_symlink() or not HALF_WRITTEN.fullmatch(path.name)]
+    if partial.is_symlink() or strange or (partial.exists() and not partial.is_dir()):
+        raise OSError(f"{(strange or [partial])[0]} is not of this project and stands in the way; move it away.")
+    files = [folder / name for name in HALF_WRITTEN_JSON]
+    return [*inside, *(path for path in files if path.is_file() and not path.is_symlink())]
+
+
+def _is_record(path: Path) -> bool:
+    """Whether the file is a run's record; a damaged one is, and is named when it is read."""
+    if not path.is_file():
+        return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return isinstance(record, dict) and {"data", "training"} <= record.keys()
 
 
 def _lock(folder: Path) -> int:
@@ -102,7 +132,7 @@ def _lock(folder: Path) -> int:
     """
     path = folder / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             # Unlike those of flock, these locks do not live on in forked workers that outlast a killed run.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +146,11 @@ def _lock(folder: Path) -> int:
         if path.is_file() and os.path.samestat(os.fstat(descriptor), path.stat()):
             break
         os.close(descriptor)  # the owner removed the file between our two calls
+    if os.read(descriptor, 8) not in (b"", b"process "):
+        os.close(descriptor)
+        raise OSError(f"{path} is not of this project and stands in the way; move it away")
     os.truncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
     started = datetime.now().strftime("%Y-%m-%d %H:%M")
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}, since {started},".encode())
     return descriptor
