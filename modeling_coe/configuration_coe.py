@@ -5,6 +5,7 @@
 import difflib
 import math
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -135,6 +136,7 @@ class CoEConfig(PreTrainedConfig):
         self._report_misspelt(kwargs, refuse=not is_stored)
         self._set_num_local_experts(kwargs)
         self.auto_map = dict(AUTO_MAP)
+        self._check_dtype()
         super().__post_init__(**kwargs)
         self.check()
         if not is_stored:
@@ -148,7 +150,9 @@ class CoEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
+        loaded = super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.check()
@@ -200,6 +204,7 @@ class CoEConfig(PreTrainedConfig):
                      "num_experts_per_tok", "layers_per_pool"):  # fmt: skip
             value = getattr(self, name)
             self._require(name, value is not None and value >= 1, "a positive integer")
+        self._check_dtype()
         for name in ("num_shared_experts", "router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
@@ -234,6 +239,10 @@ class CoEConfig(PreTrainedConfig):
             f"a multiple of num_key_value_heads={self.num_key_value_heads}",
         )
         self.validate_rope()
+
+    def _check_dtype(self):
+        known = self.dtype is None or isinstance(vars(torch).get(str(self.dtype).removeprefix("torch.")), torch.dtype)
+        self._require("dtype", known, "None or one of torch's, such as 'bfloat16'")
 
     def _require(self, name: str, condition: bool, requirement: str):
         if not condition:

@@ -468,7 +468,29 @@ class CoEPreTrainedModel(PreTrainedModel):
         # Without a path, the caller has put the tensors together and knows what is not among them.
         if loading_info["missing_keys"] and pretrained_model_name_or_path is not None:
             cls._refuse_lost_keys(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
+        dropped = {key for key in loading_info["unexpected_keys"] if ".layers." in f".{key}"}
+        if dropped and pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None:
+            cls._refuse_dropped_keys(dropped, model.config, pretrained_model_name_or_path, **kwargs)
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _refuse_dropped_keys(cls, dropped: set[str], loaded: CoEConfig, path: str, **kwargs):
+        """Weights of layers that the checkpoint's own configuration does not announce would be left out, silently.
+
+        What the caller leaves out by changing the configuration is announced there, and is the caller's wish.
+        """
+        with suppress(OSError):
+            loaded = type(loaded).from_dict(loaded.get_config_dict(path, **kwargs)[0])
+        with torch.device("meta"):
+            announced = cls(loaded).state_dict()
+        prefix = f"{cls.base_model_prefix}."
+        known = {key.removeprefix(prefix) for key in announced}
+        if dropped := sorted(key for key in dropped if key.removeprefix(prefix) not in known):
+            names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
+            raise ValueError(
+                f"`{path}` holds {len(dropped)} tensors that its configuration does not announce: {names}. Without "
+                "them the model would compute something else: restore its config.json."
+            )
 
     @classmethod
     def _refuse_lost_keys(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):

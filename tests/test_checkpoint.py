@@ -315,3 +315,17 @@ def test_half_precision_checkpoints_keep_their_dtype(model, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert AutoConfig.from_pretrained(tmp_path).model_type == "coe"
+
+
+@pytest.mark.parametrize(
+    "field, before, after", [("num_shared_experts", 1, 0), ("qk_norm", "head", None), ("num_hidden_layers", 2, 1)]
+)
+def test_weights_that_the_stored_configuration_does_not_announce_are_refused_by_name(tmp_path, field, before, after):
+    model = build(**{field: before})
+    model.save_pretrained(tmp_path)
+    if field == "num_hidden_layers":  # the caller may leave layers out
+        assert len(type(model).from_pretrained(tmp_path, num_hidden_layers=1).model.layers) == 1
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {field: after}))
+    with pytest.raises(ValueError, match=r"holds \d+ tensors that its configuration does not announce: model\.layers"):
+        type(model).from_pretrained(tmp_path)

@@ -5,6 +5,7 @@
 import json
 
 import pytest
+import torch
 from conftest import SMALL, build
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, MixtralConfig
@@ -222,3 +223,15 @@ def test_rope_values_that_cannot_be_are_refused_by_name(rope):
 def test_names_of_other_models_are_refused_with_ours(key):
     with pytest.raises(ValueError, match=f"unknown key `{key}=3`; did you mean"):
         CoEConfig(**{key: 3})
+
+
+def test_a_type_that_torch_has_not_is_refused_by_name():
+    with pytest.raises(ValueError, match="`dtype='bf16'` must be"):
+        CoEConfig(dtype="bf16")
+    assert CoEConfig(dtype="bfloat16").dtype in ("bfloat16", torch.bfloat16)
+
+
+def test_a_stored_configuration_with_an_impossible_override_is_refused(tmp_path):
+    CoEConfig(num_local_experts=4, num_experts_per_tok=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_experts_per_tok=9"):
+        CoEConfig.from_pretrained(tmp_path, num_experts_per_tok=9)
