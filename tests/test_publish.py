@@ -91,6 +91,13 @@ def published(hub, tmp_path_factory):
     return folder, result
 
 
+def card_as_sent(card: bytes) -> bytes:
+    """Without the paragraph that an upload makes untrue."""
+    before, notice, after = card.partition(f"`{REPO}` is not uploaded yet.".encode())
+    assert notice
+    return before + after.partition(b"\n\n")[2]
+
+
 def test_everything_arrives_in_one_commit(hub, published):
     folder, result = published
     local = {
@@ -99,7 +106,9 @@ def test_everything_arrives_in_one_commit(hub, published):
         if path.is_file() and path.name != "written.json"
     }
     repository = hub.repositories[REPO]
-    assert {name: content for name, content in repository.main.items() if name != ".gitattributes"} == local
+    sent = {name: content for name, content in repository.main.items() if name != ".gitattributes"}
+    local["README.md"] = card_as_sent(local["README.md"])
+    assert sent.keys() == local.keys() and [name for name in sent if sent[name] != local[name]] == []
     assert len(repository.commits) == 2  # the empty repository's, and ours
     shards = [name for name in local if name.endswith(".safetensors")]
     assert len(shards) > 2 and all(len(local[name]) < 100_000 for name in shards)
@@ -230,11 +239,14 @@ def test_upload_killed_in_the_middle_publishes_nothing_and_the_next_try_complete
         result = run_script(command, hub, tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         del repository.main[".gitattributes"]
-        assert repository.main == {
+        local = {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
             if path.is_file() and path.name != "written.json"
         }
+        local["README.md"] = card_as_sent(local["README.md"])
+        sent = repository.main
+        assert sent.keys() == local.keys() and [name for name in sent if sent[name] != local[name]] == []
 
 
 def test_published_again_with_fewer_shards_no_old_weights_remain(hub, published, tmp_path):
