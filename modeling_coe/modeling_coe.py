@@ -436,6 +436,10 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         return residual + update, *router_logits
 
 
+def _few(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
 @auto_docstring
 class CoEPreTrainedModel(PreTrainedModel):
     config: CoEConfig
@@ -466,53 +470,44 @@ class CoEPreTrainedModel(PreTrainedModel):
                 "Nothing was loaded: download or save the checkpoint again."
             ) from error
         # Without a path, the caller has put the tensors together and knows what is not among them.
-        if loading_info["missing_keys"] and pretrained_model_name_or_path is not None:
-            cls._refuse_lost_keys(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
-        dropped = {key for key in loading_info["unexpected_keys"] if ".layers." in f".{key}"}
-        if dropped and pretrained_model_name_or_path is not None and kwargs.get("state_dict") is None:
-            cls._refuse_dropped_keys(dropped, model.config, pretrained_model_name_or_path, **kwargs)
+        if pretrained_model_name_or_path is not None and (
+            loading_info["missing_keys"] or loading_info["unexpected_keys"]
+        ):
+            cls._compare_with_configuration(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
         return (model, loading_info) if output_loading_info else model
 
     @classmethod
-    def _refuse_dropped_keys(cls, dropped: set[str], loaded: CoEConfig, path: str, **kwargs):
-        """Weights of layers that the checkpoint's own configuration does not announce would be left out, silently.
+    def _compare_with_configuration(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):
+        """The weights must be those that the checkpoint's own configuration announces.
 
-        What the caller leaves out by changing the configuration is announced there, and is the caller's wish.
+        A tensor that it announces may not be replaced by random numbers; new are a head that the checkpoint's class
+        has not, and what the caller adds by changing the configuration. A tensor of a layer that it does not announce
+        may not be left out; what the caller leaves out by changing the configuration is announced there.
         """
-        with suppress(OSError):
-            loaded = type(loaded).from_dict(loaded.get_config_dict(path, **kwargs)[0])
-        with torch.device("meta"):
-            announced = cls(loaded).state_dict()
-        prefix = f"{cls.base_model_prefix}."
-        known = {key.removeprefix(prefix) for key in announced}
-        if dropped := sorted(key for key in dropped if key.removeprefix(prefix) not in known):
-            names = ", ".join(dropped[:3]) + (", ..." if len(dropped) > 3 else "")
-            raise ValueError(
-                f"`{path}` holds {len(dropped)} tensors that its configuration does not announce: {names}. Without "
-                "them the model would compute something else: restore its config.json."
-            )
-
-    @classmethod
-    def _refuse_lost_keys(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):
-        """A tensor that the checkpoint's own configuration announces may not be replaced by random numbers.
-
-        New are a head that the checkpoint's class has not, and what the caller adds by changing the configuration.
-        """
-        if kwargs.get("state_dict") is None:
+        has_own_tensors = kwargs.get("state_dict") is not None
+        if not has_own_tensors:
             # An adapter's folder has no configuration.
             with suppress(OSError):
                 stored = type(stored).from_dict(stored.get_config_dict(path, **kwargs)[0])
         with torch.device("meta"):
             announced = cls(stored)
+        prefix = f"{cls.base_model_prefix}."
         lost = set(announced.state_dict()) & set(loading_info["missing_keys"])
         lost -= {key for key, *_ in loading_info["mismatched_keys"]}
         if announced.base_model is not announced and cls.__name__ not in (stored.architectures or ()):
-            lost = {key for key in lost if key.startswith(f"{cls.base_model_prefix}.")}
+            lost = {key for key in lost if key.startswith(prefix)}
         if lost:
-            names = ", ".join(sorted(lost)[:3]) + (", ..." if len(lost) > 3 else "")
             raise ValueError(
-                f"The weights of `{path}` lack {len(lost)} tensors that its configuration announces: {names}. They "
-                "would be random: download, convert or save the checkpoint again."
+                f"The weights of `{path}` lack {len(lost)} tensors that its configuration announces: {_few(lost)}. "
+                "They would be random: download, convert or save the checkpoint again."
+            )
+        known = {key.removeprefix(prefix) for key in announced.state_dict()}
+        unknown = {key for key in loading_info["unexpected_keys"] if key.removeprefix(prefix) not in known}
+        dropped = {key for key in unknown if ".layers." in f".{key}"}
+        if dropped and not has_own_tensors:
+            raise ValueError(
+                f"`{path}` holds {len(dropped)} tensors that its configuration does not announce: {_few(dropped)}. "
+                "Without them the model would compute something else: restore its config.json."
             )
 
     def _resolve_parallel_plans(self, distributed_config):
