@@ -398,4 +398,4 @@ class _RouterLinear(torch.autograd.Function):
         return grad_input, grad_weight
 
 
-__all__ = ["coe_experts_forward", "is_packed", "no_slices", "one_weight_gradient", "router_linear"]
+__all__ = ["coe_experts_forward", "is_packed", "is_transformed", "no_slices", "one_weight_gradient", "router_linear"]

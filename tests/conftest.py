@@ -52,6 +52,15 @@ def tokens(*shape, seed=1, low=3):
     return torch.randint(low, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_compiled_and_exported_equal_eager(model, ids):
+    with torch.no_grad():
+        expected = model(ids).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids).logits, expected)
+        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
+
+
 def whitespace_tokenizer():
     """Word `w7` is token 7."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SMALL["vocab_size"])}, unk_token="w3"))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, tokens
+from conftest import assert_compiled_and_exported_equal_eager, build, tokens
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -535,13 +535,7 @@ def test_compiled_training_gives_the_eager_gradients():
 
 
 def test_compiled_and_exported_inference_equal_the_eager_one():
-    model, ids = build(num_hidden_layers=1, num_iterations=2), tokens(1, 9)
-    with torch.no_grad():
-        expected = model(ids).logits
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(ids).logits, expected)
-        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
-    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
+    assert_compiled_and_exported_equal_eager(build(num_hidden_layers=1, num_iterations=2), tokens(1, 9))
 
 
 def test_registering_again_as_remote_code_changes_nothing(model):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, disk_offload
-from conftest import build, tokens
+from conftest import assert_compiled_and_exported_equal_eager, build, tokens
 from safetensors import safe_open
 from transformers import Trainer
 
@@ -225,13 +225,7 @@ def test_a_recomputed_layer_leaves_nothing_behind():
 
 
 def test_compiled_and_exported_models_equal_the_eager_one():
-    model, ids = pooled(num_hidden_layers=2, num_iterations=1), tokens(1, 9)
-    with torch.no_grad():
-        expected = model(ids).logits
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(ids).logits, expected)
-        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
-    torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, expected)
+    assert_compiled_and_exported_equal_eager(pooled(num_hidden_layers=2, num_iterations=1), tokens(1, 9))
 
 
 def test_cached_generation_equals_plain_forward():
