@@ -48,17 +48,13 @@ from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
-    draw,
-    environment,
-    facts_of_training,
+    facts_of_run,
     keep_output_short,
-    peak_memory,
-    plot_curve,
     print_result,
-    seconds_trained,
     show_progress,
+    write_results,
 )
-from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
+from modeling_coe.train.runs import match_record, record_of, run_folder
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, SFTTrainer):
@@ -172,8 +168,6 @@ def finetune(
             "dataset": data.dataset,
             "lora": vars(lora) if lora.lora else None,
             "trained_parameters": trained,
-            "steps": trainer.state.global_step,
-            "tokens": int(trainer.state.num_input_tokens_seen),
             "train_documents": len(documents["train"]),
             "validation_documents": len(documents["validation"]),
             "before": before,
@@ -184,19 +178,9 @@ def finetune(
             "answer_loss": after.get("answer_loss"),
             "share_solved": after.get("share_solved"),
             "scored_problems": len(answers),
-            "train_seconds": seconds_trained(trainer.state.log_history),
-            "resumed_from": None if checkpoint is None else checkpoint.name,
-            "peak_memory_gib": round(peak_memory(training.device), 3),
-            "learning_rate": training.learning_rate,
-            "seed": training.seed,
-            **environment(training.device),
+            **facts_of_run(trainer, checkpoint, has_trained),
         }
-        if not has_trained:
-            facts |= facts_of_training(output, facts["steps"])
-        write_json(output / "samples.json", answers)
-        write_json(output / "facts.json", facts)
-        title = f"{output.name}: {Path(data.dataset).name}"
-        draw(plot_curve, trainer.state.log_history, output / "loss_curve.png", title)
+        write_results(trainer, facts, answers, Path(data.dataset).name)
         print_result(facts, output)
 
 

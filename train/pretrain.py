@@ -49,17 +49,14 @@ from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
-    draw,
-    environment,
-    facts_of_training,
+    facts_of_run,
     keep_output_short,
     peak_memory,
-    plot_curve,
     print_result,
-    seconds_trained,
     show_progress,
+    write_results,
 )
-from modeling_coe.train.runs import match_record, record_of, run_folder, write_json
+from modeling_coe.train.runs import match_record, record_of, run_folder
 
 
 class Pretrainer(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, Trainer):
@@ -229,34 +226,22 @@ def report(
     is_new: bool,
 ):
     """Write facts.json, samples.json and loss_curve.png, and print the result with two samples."""
-    output = Path(trainer.args.output_dir)
     at_start = [row["eval_loss"] for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row]
     facts = {
         "model": model.model,
         "base": base,
         "dataset": data.dataset,
         "parameters": trainer.model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.state.num_input_tokens_seen),
         "validation_loss_before": at_start[0] if at_start else None,
         "validation_loss": trainer.metrics["eval_loss"],
         "share_solved": trainer.metrics.get("eval_solved"),
         "scored_problems": len(trainer.answers),
-        "train_seconds": seconds_trained(trainer.state.log_history),
-        "resumed_from": None if checkpoint is None else checkpoint.name,
-        "peak_memory_gib": round(peak_memory(trainer.args.device), 3),
-        "learning_rate": trainer.args.learning_rate,
-        "seed": trainer.args.seed,
-        **environment(trainer.args.device),
+        **facts_of_run(trainer, checkpoint, is_new),
     }
-    if not is_new:
-        facts |= facts_of_training(output, facts["steps"])
-    write_json(output / "samples.json", trainer.answers)
-    write_json(output / "facts.json", facts)
-    draw(plot_curve, trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {Path(model.model).stem}")
+    write_results(trainer, facts, trainer.answers, Path(model.model).stem)
     for answer in trainer.answers[:2]:
         print(f"\n{answer['prompt']}{answer['generated']}\n({'solved' if answer['solved'] else 'not solved'})")
-    print_result(facts, output)
+    print_result(facts, Path(trainer.args.output_dir))
 
 
 if __name__ == "__main__":

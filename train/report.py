@@ -24,6 +24,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from modeling_coe.folders import facts_of
+from modeling_coe.train.runs import write_json
 
 
 matplotlib.use("Agg")
@@ -246,10 +247,36 @@ def facts_of_training(output: Path, steps: int) -> dict:
     return {name: facts[name] for name in names if facts.get("steps") == steps}
 
 
+def facts_of_run(trainer: Trainer, checkpoint: Path | None, has_trained: bool) -> dict:
+    """How far a run came, in what time, from which checkpoint, on which machine.
+
+    Those of its training if this process only scored it again.
+    """
+    facts = {
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "train_seconds": seconds_trained(trainer.state.log_history),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "peak_memory_gib": round(peak_memory(trainer.args.device), 3),
+        "learning_rate": trainer.args.learning_rate,
+        "seed": trainer.args.seed,
+        **environment(trainer.args.device),
+    }
+    return facts if has_trained else facts | facts_of_training(Path(trainer.args.output_dir), facts["steps"])
+
+
+def write_results(trainer: Trainer, facts: dict, answers: list[dict], title: str):
+    """samples.json and facts.json, and then the picture of the loss, which may fail."""
+    output = Path(trainer.args.output_dir)
+    write_json(output / "samples.json", answers)
+    write_json(output / "facts.json", facts)
+    draw(plot_curve, trainer.state.log_history, output / "loss_curve.png", f"{output.name}: {title}")
+
+
 def print_result(facts: dict, output: Path):
     """The result in three lines; facts.json has all of it."""
     before = facts["validation_loss_before"]
-    start = "" if before is None else f"{before:.4f} before, "
+    start = "" if before is None else f"{before:.4f} before, now "
     share = facts["share_solved"]
     solved = "" if share is None else f"; {share:.1%} of {facts['scored_problems']} validation problems solved"
     memory = f"{facts['peak_memory_gib']:.2f} GiB"
