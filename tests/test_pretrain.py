@@ -377,7 +377,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(preset, tmp_path, monkey
     def broken(*args):
         raise RuntimeError("Data cannot be log-scaled")
 
-    monkeypatch.setattr(pretrain, "plot_curve", broken)
+    monkeypatch.setattr(report, "plot_curve", broken)
     pretrain.main(options(preset, tmp_path, max_steps=2, save_strategy="no", eval_strategy="no", logging_steps=1))
     assert json.loads((tmp_path / "facts.json").read_text())["steps"] == 2
     assert "Data cannot be log-scaled" in capsys.readouterr().out
