@@ -42,6 +42,16 @@ QK_NORMS = (None, "head", "full")
         Renormalise the K routing weights of every iteration to sum to one (Mixtral, Qwen3-MoE), those of a layer to
         C; `False` keeps the softmax values (OLMoE, the paper). A single expert (K = 1) wants `False`: renormalised,
         its weight is always 1 and the router learns from the balancing loss alone.
+    router_bias (`bool`, *optional*, defaults to `False`):
+        A bias per router that counts for the choice of experts and not for their weights (arXiv 2408.15664). Nothing
+        learns it: `modeling_coe.balancing` moves it towards the experts that are chosen too rarely.
+    num_null_experts (`int`, *optional*, defaults to 0):
+        Outputs of every router that stand for no expert (arXiv 2410.07348): a token that chooses one computes an
+        expert less. Needs `router_bias`, which holds the budget.
+    expert_budget (`float`, *optional*):
+        The mean number of experts that a token computes per iteration, null experts not counted, which
+        `modeling_coe.balancing` holds in training. Without a value, the share of outputs that are experts,
+        `K * N / (N + num_null_experts)`.
     iteration_scale (`bool`, *optional*, defaults to `False`):
         Learn one scalar per iteration on that iteration's output. Upcycled checkpoints start it at 1, 0, 0, ...
     qk_norm (`str`, *optional*):
@@ -120,6 +130,9 @@ class CoEConfig(PreTrainedConfig):
     residual: str = "nested"
     independent_gating: bool = True
     norm_topk_prob: bool = True
+    router_bias: bool = False
+    num_null_experts: int = 0
+    expert_budget: float | int | None = None
     iteration_scale: bool = False
     qk_norm: str | None = None
     attention_bias: bool = False
@@ -135,6 +148,10 @@ class CoEConfig(PreTrainedConfig):
         is_stored = "model_type" in kwargs
         self._report_misspelt(kwargs, refuse=not is_stored)
         self._set_num_local_experts(kwargs)
+        if self.num_null_experts > 0 and self.expert_budget is None:
+            outputs = self.num_local_experts + self.num_null_experts
+            proportional = self.num_experts_per_tok * self.num_local_experts / outputs
+            self.expert_budget = max(proportional, self.smallest_expert_budget)
         self.auto_map = dict(AUTO_MAP)
         self._check_dtype()
         super().__post_init__(**kwargs)
@@ -205,7 +222,13 @@ class CoEConfig(PreTrainedConfig):
             value = getattr(self, name)
             self._require(name, value is not None and value >= 1, "a positive integer")
         self._check_dtype()
-        for name in ("num_shared_experts", "router_aux_loss_coef", "router_jitter_noise", "initializer_range"):
+        for name in (
+            "num_shared_experts",
+            "num_null_experts",
+            "router_aux_loss_coef",
+            "router_jitter_noise",
+            "initializer_range",
+        ):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
         self._require("rms_norm_eps", math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number > 0")
@@ -220,6 +243,12 @@ class CoEConfig(PreTrainedConfig):
             self.num_experts_per_tok <= self.num_local_experts,
             f"at most num_local_experts={self.num_local_experts}: lower it or add experts",
         )
+        self._require(
+            "num_null_experts",
+            self.num_null_experts == 0 or self.router_bias,
+            "0 without `router_bias=True`: the bias decides how often null experts are chosen",
+        )
+        self._check_expert_budget()
         self._require(
             "layers_per_pool",
             self.num_hidden_layers % self.layers_per_pool == 0,
@@ -239,6 +268,19 @@ class CoEConfig(PreTrainedConfig):
             f"a multiple of num_key_value_heads={self.num_key_value_heads}",
         )
         self.validate_rope()
+
+    @property
+    def smallest_expert_budget(self) -> int:
+        """Experts per token and iteration that are left where a token chooses every null expert it can."""
+        return max(0, self.num_experts_per_tok - self.num_null_experts)
+
+    def _check_expert_budget(self):
+        if self.num_null_experts == 0:
+            self._require("expert_budget", self.expert_budget is None, "None without null experts: every token has K")
+        else:
+            low, high = self.smallest_expert_budget, self.num_experts_per_tok
+            possible = self.expert_budget is not None and low <= self.expert_budget <= high
+            self._require("expert_budget", possible, f"a number of experts per token in [{low}, {high}]")
 
     def _check_dtype(self):
         known = self.dtype is None or isinstance(vars(torch).get(str(self.dtype).removeprefix("torch.")), torch.dtype)

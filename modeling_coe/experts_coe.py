@@ -60,8 +60,9 @@ def one_weight_gradient(weights: tuple[torch.Tensor, ...] = ()):
 def coe_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
+    """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (no expert, or another rank's) adds nothing.
 
+    Rows of the index N come last and are not computed; while compiling, where shapes are static, they may be.
     What the autograd function cannot express runs through transformers' `grouped_mm`, with a warning: biases,
     transposed or interleaved weights, gates that are not SwiGLU's, norms after an expert, sharded weights, devices
     other than CPU and CUDA. Packed weights, torchao's for instance, are used one expert at a time. While compiling,
@@ -205,6 +206,8 @@ class _Experts(torch.autograd.Function):
         expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
         ids = torch.arange(gate_up_proj.shape[0], device=order.device)
         offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)
+        # Rows of the index N come last. To leave them out one must wait for their number, which only CPU has at hand.
+        order = order[: offsets[-1]] if order.device.type == "cpu" else order
         groups = _Groups(offsets, dtype, zero_tail=expert_parallel)
 
         token = order // top_k_index.shape[-1]
@@ -244,7 +247,8 @@ class _Experts(torch.autograd.Function):
             activation = silu * up
             if needs_router:
                 grad_sorted = (grad_activation * activation).sum(dim=-1, dtype=top_k_weights.dtype)
-                grad_router = torch.empty_like(grad_sorted).scatter_(0, order, grad_sorted).view_as(top_k_weights)
+                grad_router = torch.zeros_like(top_k_weights)
+                grad_router.view(-1).scatter_(0, order, grad_sorted)
             if needs_down:
                 grad_down_proj = groups.add_outer(grad_down_proj, grad_rows, activation.mul_(weights))
             del activation
@@ -362,7 +366,12 @@ class _Groups:
 
 def _sum_over_experts(rows: torch.Tensor, order: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Each token's K rows of `[S, H]` -> `[T, H]`: a gather that sums on the way, always in the same order."""
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    is_whole = order.shape[0] == shape.numel()
+    if not is_whole:
+        rows = F.pad(rows, (0, 0, 0, 1))  # what the rows that were left out add
+    position = order.new_full((shape.numel(),), order.shape[0]).scatter_(
+        0, order, torch.arange(order.shape[0], device=order.device)
+    )
     return F.embedding_bag(position.view(shape), rows, mode="sum")
 
 

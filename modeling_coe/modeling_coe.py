@@ -12,6 +12,7 @@ Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, N 
 C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -56,6 +57,9 @@ from .quantization import QuantizedExpertsConfig
 
 logger = logging.get_logger(__name__)
 
+# The budgets for which a router's null bias is stored; between two of them it is interpolated.
+BUDGET_STEPS = 17
+
 
 @use_experts_implementation
 class CoEExperts(nn.Module):
@@ -73,7 +77,7 @@ class CoEExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (another rank's expert) adds nothing.
+        """`sum_k top_k_weights[:, k] * E_{top_k_index[:, k]}(x)`; index N (no expert, or another rank's) adds nothing.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, H)`): x.
@@ -97,20 +101,79 @@ class CoETopKRouter(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.num_experts = config.num_local_experts
+        self.num_null_experts = config.num_null_experts
         # CODEPATH: only the paper's "shared gate" ablation routes all iterations with one router
         num_routers = config.num_iterations if config.independent_gating else 1
-        self.weight = nn.Parameter(torch.empty(num_routers, config.num_local_experts, config.hidden_size))
+        num_outputs = config.num_local_experts + config.num_null_experts
+        self.weight = nn.Parameter(torch.empty(num_routers, num_outputs, config.hidden_size))
+        # CODEPATH: models balanced by a bias have one, those balanced by a loss do not
+        bias = torch.zeros(num_routers, num_outputs) if config.router_bias else None
+        self.e_score_correction_bias = None if bias is None else nn.Buffer(bias)
+        # CODEPATH: the null experts' bias for budgets from the smallest to K in equal steps, 0 until it is calibrated
+        table = torch.zeros(num_routers, BUDGET_STEPS) if config.num_null_experts else None
+        self.null_bias_of_budget = None if table is None else nn.Buffer(table)
 
-    def forward(self, hidden_states: torch.Tensor, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[T, H]` -> logits `[T, N]`, routing weights `[T, K]`, expert index `[T, K]`; the floats are fp32."""
-        weight = self.weight[iteration % self.weight.shape[0]]
+    def forward(
+        self, hidden_states: torch.Tensor, iteration: int, expert_budget: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[T, H]` -> logits `[T, N + null]`, routing weights `[T, K]`, expert index `[T, K]`; the floats are fp32.
+
+        A null expert has the index N. Those that a token chooses count in its weights as experts do, and those that
+        it does not choose take nothing from them.
+        """
         # In bf16 the top-k of a few tokens in a thousand would differ.
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            router_logits = router_linear(hidden_states, weight)
-        router_scores, router_indices = torch.topk(router_logits.softmax(dim=-1), self.top_k, dim=-1)
+            router_logits = self.logits(hidden_states, iteration)
+        if self.e_score_correction_bias is None:
+            router_scores, router_indices = torch.topk(router_logits.softmax(dim=-1), self.top_k, dim=-1)
+        else:
+            choice = router_logits + self.choice_bias(iteration, expert_budget).to(router_logits.device)
+            router_indices = torch.topk(choice, self.top_k, dim=-1).indices
+            scored = router_logits
+            if self.num_null_experts > 0:
+                is_absent = torch.ones_like(router_logits, dtype=torch.bool).scatter(-1, router_indices, False)
+                is_absent[:, : self.num_experts] = False
+                scored = router_logits.masked_fill(is_absent, -math.inf)
+            router_scores = scored.softmax(dim=-1).gather(-1, router_indices)
+            router_indices = router_indices.clamp(max=self.num_experts)
         if self.norm_topk_prob:
             router_scores = router_scores / router_scores.sum(dim=-1, keepdim=True)
         return router_logits, router_scores, router_indices
+
+    def logits(self, hidden_states: torch.Tensor, iteration: int) -> torch.Tensor:
+        """`[T, H]` -> `[T, N + null]` in fp32."""
+        return router_linear(hidden_states, self.weight[iteration % self.weight.shape[0]])
+
+    def choice_bias(self, iteration: int, expert_budget: float | None = None) -> torch.Tensor:
+        """`[N + null]`, added to router t's logits for the choice; a budget replaces the null experts' part."""
+        bias = self.e_score_correction_bias[iteration % self.weight.shape[0]]
+        if expert_budget is None or self.num_null_experts == 0:
+            return bias
+        null_bias = self.null_bias(iteration, expert_budget).expand(self.num_null_experts)
+        return torch.cat([bias[: self.num_experts], null_bias])
+
+    def null_bias(self, iteration: int, expert_budget: float) -> torch.Tensor:
+        """The bias, a scalar, at which a token computes `expert_budget` experts on average, as was calibrated."""
+        table = self.null_bias_of_budget[iteration % self.weight.shape[0]]
+        fewest = max(0, self.top_k - self.num_null_experts)
+        if expert_budget in (fewest, self.top_k):
+            return torch.full_like(table[0], math.inf if expert_budget == fewest else -math.inf)
+        position = (expert_budget - fewest) / (self.top_k - fewest) * (BUDGET_STEPS - 1)
+        step = min(int(position), BUDGET_STEPS - 2)
+        return torch.lerp(table[step], table[step + 1], position - step)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the module. `.to(bfloat16)` would round the biases, which move by less than it can tell apart."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = (
+                    torch.empty_like(moved, dtype=buffer.dtype) if buffer.is_meta else buffer.to(moved.device)
+                )
+        return self
 
 
 class CoEMLP(nn.Module):
@@ -165,20 +228,28 @@ class CoESparseMoeBlock(nn.Module):
         self.gate = CoETopKRouter(config)
         # CODEPATH: in a pool of several layers the first holds the experts, and the others get them from the model
         self.experts = CoEExperts(config) if self.layer_in_pool == 0 else None
+        # CODEPATH: transformers' experts skip the index N, a null expert's, only if other ranks are said to hold it
+        if config.num_null_experts > 0 and self.experts is not None:
+            self.experts._is_expert_parallel = True
         # CODEPATH: the paper's checkpoints have a shared expert, Mixtral's and Qwen3-MoE's chains do not
         self.shared_expert = CoEMLP(config) if config.num_shared_experts else None
         # CODEPATH: upcycled checkpoints learn a scale per iteration, models trained from scratch do not
         self.iteration_scale = nn.Parameter(torch.empty(config.num_iterations)) if config.iteration_scale else None
 
     def forward(
-        self, hidden_states: torch.Tensor, pool: CoEPool | None = None, output_router_logits: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        pool: CoEPool | None = None,
+        output_router_logits: bool = False,
+        expert_budget: float | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """`x_0 [B, S, H]` -> `x_C - x_0`, or `x_C` where no residual runs along the chain (`residual="outer"`).
 
-        With `output_router_logits`, a tuple of that and the logits `[T, N]` of each iteration's router.
+        With `output_router_logits`, a tuple of that and the logits `[T, N + null]` of each iteration's router.
 
         Args:
             pool (`CoEPool`, *optional*): the pool that other layers visit too; without one, the layer's own experts.
+            expert_budget (`float`, *optional*): for this call, the mean number of experts per token and iteration.
         """
         pool = CoEPool(self.experts) if pool is None else pool
         if pool.experts is None:
@@ -187,12 +258,15 @@ class CoESparseMoeBlock(nn.Module):
         # PEFT's wrapper would merge its adapter at every call. torch's cache belongs to the whole process: only there.
         merge_once = nullcontext() if isinstance(pool.experts, CoEExperts) else parametrize.cached()
         with merge_once, pool.visits_of_layer(self.layer_in_pool):
-            update = self.iterate(hidden_states, 0, pool.experts, router_logits)
+            visit = partial(
+                self.iterate, experts=pool.experts, router_logits=router_logits, expert_budget=expert_budget
+            )
+            update = visit(hidden_states, 0)
             for iteration in range(1, self.num_iterations):
                 if self.has_chain_residual:
-                    update = update + self.iterate(hidden_states + update, iteration, pool.experts, router_logits)
+                    update = update + visit(hidden_states + update, iteration)
                 else:
-                    update = self.iterate(update, iteration, pool.experts, router_logits)
+                    update = visit(update, iteration)
         return (update, *router_logits) if output_router_logits else update
 
     def iterate(
@@ -201,6 +275,7 @@ class CoESparseMoeBlock(nn.Module):
         iteration: int,
         experts: nn.Module,
         router_logits: list[torch.Tensor] | None = None,
+        expert_budget: float | None = None,
     ) -> torch.Tensor:
         """F_t: route the tokens of `[B, S, H]` with router t, through the pool and the shared expert.
 
@@ -210,7 +285,7 @@ class CoESparseMoeBlock(nn.Module):
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits, top_k_weights, top_k_index = self.gate(tokens, iteration)
+        logits, top_k_weights, top_k_index = self.gate(tokens, iteration, expert_budget)
         if router_logits is not None:
             router_logits.append(logits)
         output = experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
@@ -417,6 +492,7 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         pool: CoEPool | None = None,
         output_router_logits: bool = False,
+        expert_budget: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         attn_output, _ = self.self_attn(
@@ -431,8 +507,8 @@ class CoEDecoderLayer(GradientCheckpointingLayer):
         normed = self.post_attention_layernorm(hidden_states)
         residual = normed if self.replaces_residual else hidden_states
         if not output_router_logits:
-            return residual + self.mlp(normed, pool)
-        update, *router_logits = self.mlp(normed, pool, output_router_logits=True)
+            return residual + self.mlp(normed, pool, expert_budget=expert_budget)
+        update, *router_logits = self.mlp(normed, pool, True, expert_budget)
         return residual + update, *router_logits
 
 
@@ -451,6 +527,7 @@ class CoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
 
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "null_bias_of_budget"]
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
@@ -544,8 +621,47 @@ class CoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, CoETopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            for buffer in module.buffers():
+                init.zeros_(buffer)
         elif isinstance(module, CoESparseMoeBlock) and module.iteration_scale is not None:
             init.ones_(module.iteration_scale)
+
+    def set_expert_budget(self, expert_budget: float):
+        """From now on a token computes `expert_budget` experts per iteration on average, the others are null experts.
+
+        The null experts' biases move to what `modeling_coe.balancing.calibrate_expert_budget` stored, and training
+        with `RouterBalance` holds the new budget. For one call, pass `expert_budget` to `forward` or `generate`.
+
+        Raises:
+            ValueError: no null experts, a budget outside what they allow, or one that was not calibrated.
+        """
+        self._check_expert_budget(expert_budget)
+        self.config.expert_budget = expert_budget
+        for gate in self._routers():
+            null = gate.e_score_correction_bias[:, gate.num_experts :]
+            for router in range(null.shape[0]):
+                null[router] = gate.null_bias(router, expert_budget)
+
+    def _routers(self) -> list[CoETopKRouter]:
+        return [module for module in self.modules() if isinstance(module, CoETopKRouter)]
+
+    def _check_expert_budget(self, expert_budget: float):
+        config = self.config
+        low, high = config.smallest_expert_budget, config.num_experts_per_tok
+        if config.num_null_experts == 0:
+            raise ValueError(
+                f"`expert_budget={expert_budget}` needs null experts, and this model has none: every token computes "
+                f"{high} experts per iteration. Train one with `num_null_experts` and `router_bias=True`."
+            )
+        if not low <= expert_budget <= high:
+            raise ValueError(f"`expert_budget={expert_budget}` must be in [{low}, {high}], experts per iteration.")
+        if expert_budget in (low, high) or torch.compiler.is_compiling():
+            return
+        if not next(gate.null_bias_of_budget for gate in self._routers()).any():
+            raise ValueError(
+                f"`expert_budget={expert_budget}` is not calibrated in this model: call "
+                "`modeling_coe.balancing.calibrate_expert_budget(model, batches)` once, and save the model."
+            )
 
     def _warn_of_unbalanced_routers(self, where: str):
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -617,12 +733,18 @@ class CoEModel(CoEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        expert_budget: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
         output_router_logits (`bool`, *optional*):
-            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major.
+            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N + null)`,
+            layer-major.
+        expert_budget (`float`, *optional*):
+            For this call, the mean number of experts per token and iteration; see `set_expert_budget`.
         """
+        if expert_budget is not None:
+            self._check_expert_budget(expert_budget)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
@@ -669,6 +791,7 @@ class CoEModel(CoEPreTrainedModel):
                 position_embeddings=position_embeddings,
                 pool=pool,
                 output_router_logits=output_router_logits,
+                expert_budget=expert_budget,
                 **kwargs,
             )
             hidden_states, *logits = output if output_router_logits else (output,)
@@ -704,26 +827,34 @@ def load_balancing_loss_func(
     top_k: int,
     attention_mask: torch.Tensor | None = None,
     routers_per_pool: int | None = None,
+    choice_biases: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     r"""Switch Transformer's load-balancing loss over every router of the model (arXiv 2101.03961, eq. 4-6).
 
     `N * sum_i f_i * P_i` with f_i the share of (token, router) pairs that chose expert i and P_i its mean probability.
-    It is K for balanced routers and at most N * K; 0 if every token is padding.
+    It is K for balanced routers and at most N * K; 0 if every token is padding. Null experts are left out: it balances
+    the experts among themselves, and for balanced routers is the mean number of experts that a token computes.
 
     Where several layers share a pool it is the mean of the pools' losses, each over all routers that visit the pool:
     every expert is to be used by some visit, not by each.
 
     Args:
-        router_logits (`tuple` of `L * C` tensors of shape `(T, N)`): layer-major, as the model returns them.
+        router_logits (`tuple` of `L * C` tensors of shape `(T, N + null)`): layer-major, as the model returns them.
         num_experts (`int`): N.
         top_k (`int`): K.
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a token is padding and does not count.
         routers_per_pool (`int`, *optional*): how many routers in succession visit one pool; `None` counts all
             together, as Mixtral's function does.
+        choice_biases (`list` of `L * C` tensors of shape `(N + null,)`, *optional*): what each router adds to its
+            logits for the choice.
     """
     if routers_per_pool is not None and routers_per_pool < len(router_logits):
-        pools = [router_logits[i : i + routers_per_pool] for i in range(0, len(router_logits), routers_per_pool)]
-        losses = [load_balancing_loss_func(pool, num_experts, top_k, attention_mask) for pool in pools]
+        pools = [slice(i, i + routers_per_pool) for i in range(0, len(router_logits), routers_per_pool)]
+        biases = [choice_biases and choice_biases[pool] for pool in pools]
+        losses = [
+            load_balancing_loss_func(router_logits[pool], num_experts, top_k, attention_mask, choice_biases=bias)
+            for pool, bias in zip(pools, biases, strict=True)
+        ]
         return sum(loss.to(losses[0].device) for loss in losses) / len(losses)
     device = router_logits[0].device
     num_tokens = router_logits[0].shape[0]
@@ -733,15 +864,17 @@ def load_balancing_loss_func(
         # A mask over cached tokens is longer than the tokens routed now.
         sequence_length = num_tokens // attention_mask.shape[0]
         token_weight = attention_mask[:, -sequence_length:].reshape(-1).to(device, torch.float32)
-    chosen = torch.zeros(num_experts, device=device)
+    chosen = torch.zeros(router_logits[0].shape[-1], device=device)
     probability = torch.zeros(num_experts, device=device)
-    for logits in router_logits:
-        probs = logits.to(device).float().softmax(dim=-1)
-        index = probs.topk(top_k, dim=-1).indices
+    for router, logits in enumerate(router_logits):
+        logits = logits.to(device).float()
+        probs = logits[:, :num_experts].softmax(dim=-1)
+        choice = probs if choice_biases is None else logits + choice_biases[router].to(device)
+        index = choice.topk(top_k, dim=-1).indices
         chosen = chosen.scatter_add(0, index.reshape(-1), token_weight.repeat_interleave(top_k))
         probability = probability + token_weight @ probs
     count = (len(router_logits) * token_weight.sum()).clamp(min=1)
-    return num_experts * torch.sum((chosen / count) * (probability / count))
+    return num_experts * torch.sum((chosen[:num_experts] / count) * (probability / count))
 
 
 @auto_docstring
@@ -776,15 +909,20 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        expert_budget: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""
         output_router_logits (`bool`, *optional*):
-            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N)`, layer-major. The
-            load-balancing loss does not wait for it: in training, `router_aux_loss_coef > 0` alone adds it to `loss`.
+            Also return the logits of all routers, a tuple of `L * C` fp32 tensors of shape `(T, N + null)`,
+            layer-major. The load-balancing loss does not wait for it: in training, `router_aux_loss_coef > 0` alone
+            adds it to `loss`.
         skip_logits (`bool`, *optional*):
             With `labels`, compute the same loss 512 tokens at a time and return no logits. The full logits are the
             largest tensor in the training of a small model.
+        expert_budget (`float`, *optional*):
+            For this call, of `generate` too, the mean number of experts per token and iteration of a model with null
+            experts; see `set_expert_budget`.
 
         Example:
 
@@ -812,6 +950,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or trains_router,
+            expert_budget=expert_budget,
             **kwargs,
         )
 
@@ -833,7 +972,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             shares_pools = self.config.layers_per_pool > 1
             visits = self.config.layers_per_pool * self.config.num_iterations if shares_pools else None
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask, visits
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask, visits, self._choice_biases()
             )
             if labels is not None:
                 share = self._share_of_batch(labels, loss.device, **kwargs)
@@ -851,6 +990,14 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         # An attribute only, unless router logits were asked for: `output[1]` is Mixtral's, the logits.
         object.__setattr__(output, "aux_loss", aux_loss)
         return output
+
+    def _choice_biases(self) -> list[torch.Tensor] | None:
+        """What each router adds to its logits for the choice, layer-major; None without `router_bias`."""
+        # CODEPATH: only models balanced by a bias have one
+        if not self.config.router_bias:
+            return None
+        layers, iterations = self.model.layers, range(self.config.num_iterations)
+        return [layer.mlp.gate.choice_bias(iteration) for layer in layers for iteration in iterations]
 
     def _routed_tokens(
         self,
