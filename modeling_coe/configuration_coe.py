@@ -248,7 +248,7 @@ class CoEConfig(PreTrainedConfig):
             self.num_null_experts == 0 or self.router_bias,
             "0 without `router_bias=True`: the bias decides how often null experts are chosen",
         )
-        self._check_expert_budget()
+        self.check_expert_budget(self.expert_budget)
         self._require(
             "layers_per_pool",
             self.num_hidden_layers % self.layers_per_pool == 0,
@@ -274,13 +274,17 @@ class CoEConfig(PreTrainedConfig):
         """Experts per token and iteration that are left where a token chooses every null expert it can."""
         return max(0, self.num_experts_per_tok - self.num_null_experts)
 
-    def _check_expert_budget(self):
-        if self.num_null_experts == 0:
-            self._require("expert_budget", self.expert_budget is None, "None without null experts: every token has K")
-        else:
-            low, high = self.smallest_expert_budget, self.num_experts_per_tok
-            possible = self.expert_budget is not None and low <= self.expert_budget <= high
-            self._require("expert_budget", possible, f"a number of experts per token in [{low}, {high}]")
+    def check_expert_budget(self, expert_budget: float | None):
+        """Raises a ValueError for a mean number of experts per token that the null experts do not allow."""
+        low, high = self.smallest_expert_budget, self.num_experts_per_tok
+        message = f"CoEConfig: `expert_budget={expert_budget}` must be"
+        if self.num_null_experts == 0 and expert_budget is not None:
+            raise ValueError(
+                f"{message} None without null experts: every token computes {high} experts per iteration. Train a "
+                "model with `num_null_experts` and `router_bias=True`."
+            )
+        if self.num_null_experts > 0 and not (expert_budget is not None and low <= expert_budget <= high):
+            raise ValueError(f"{message} in [{low}, {high}], experts per token and iteration.")
 
     def _check_dtype(self):
         known = self.dtype is None or isinstance(vars(torch).get(str(self.dtype).removeprefix("torch.")), torch.dtype)

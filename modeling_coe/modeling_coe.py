@@ -596,6 +596,11 @@ class CoEPreTrainedModel(PreTrainedModel):
                 f"`layers_per_pool={self.config.layers_per_pool}` they share experts. Use `fsdp_size`, `tp_size` or "
                 "`ep_size`."
             )
+        if self.config.num_null_experts > 0 and distributed_config.ep_size > 1:
+            raise ValueError(
+                f"`ep_size={distributed_config.ep_size}` sends every choice to a rank, and no rank holds the "
+                f"`num_null_experts={self.config.num_null_experts}`. Use `fsdp_size` or `tp_size`."
+            )
         tp_plan, ep_plan, fsdp_plan = super()._resolve_parallel_plans(distributed_config)
         if shares_pools and fsdp_plan:
             # Expert parallelism shards the experts itself.
@@ -626,7 +631,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CoESparseMoeBlock) and module.iteration_scale is not None:
             init.ones_(module.iteration_scale)
 
-    def set_expert_budget(self, expert_budget: float):
+    def set_expert_budget(self, expert_budget: float):  # trf-ignore: TRF033, buffers move with the value
         """From now on a token computes `expert_budget` experts per iteration on average, the others are null experts.
 
         The null experts' biases move to what `modeling_coe.balancing.calibrate_expert_budget` stored, and training
@@ -646,16 +651,9 @@ class CoEPreTrainedModel(PreTrainedModel):
         return [module for module in self.modules() if isinstance(module, CoETopKRouter)]
 
     def _check_expert_budget(self, expert_budget: float):
-        config = self.config
-        low, high = config.smallest_expert_budget, config.num_experts_per_tok
-        if config.num_null_experts == 0:
-            raise ValueError(
-                f"`expert_budget={expert_budget}` needs null experts, and this model has none: every token computes "
-                f"{high} experts per iteration. Train one with `num_null_experts` and `router_bias=True`."
-            )
-        if not low <= expert_budget <= high:
-            raise ValueError(f"`expert_budget={expert_budget}` must be in [{low}, {high}], experts per iteration.")
-        if expert_budget in (low, high) or torch.compiler.is_compiling():
+        self.config.check_expert_budget(expert_budget)
+        is_extreme = expert_budget in (self.config.smallest_expert_budget, self.config.num_experts_per_tok)
+        if is_extreme or torch.compiler.is_compiling():
             return
         if not next(gate.null_bias_of_budget for gate in self._routers()).any():
             raise ValueError(
@@ -821,6 +819,25 @@ class CoEModel(CoEPreTrainedModel):
             ) from error
 
 
+def routed_tokens(
+    config: CoEConfig,
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
+    labels: torch.LongTensor | None,
+) -> torch.Tensor | None:
+    """`[B, S]`, 0 where a token is padding and does not count for the balance of the experts; None if there is none.
+
+    Packed rows have positions in place of a mask: their padding is a row's last padding tokens without a target.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask
+    if position_ids is None or labels is None or input_ids is None or config.pad_token_id is None:
+        return None
+    padding = (input_ids == config.pad_token_id) & (labels.to(input_ids.device) == -100)
+    return 1 - padding.long().flip(-1).cumprod(-1).flip(-1)
+
+
 def load_balancing_loss_func(
     router_logits: tuple[torch.Tensor, ...],
     num_experts: int,
@@ -967,7 +984,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         aux_loss = None
         is_decoding = labels is None and past_key_values is not None
         if outputs.router_logits is not None and not is_decoding:
-            mask = self._routed_tokens(input_ids, attention_mask, position_ids, labels)
+            mask = routed_tokens(self.config, input_ids, attention_mask, position_ids, labels)
             # CODEPATH: pools of one layer are balanced together, as Mixtral's are; shared ones each by itself
             shares_pools = self.config.layers_per_pool > 1
             visits = self.config.layers_per_pool * self.config.num_iterations if shares_pools else None
@@ -998,24 +1015,6 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             return None
         layers, iterations = self.model.layers, range(self.config.num_iterations)
         return [layer.mlp.gate.choice_bias(iteration) for layer in layers for iteration in iterations]
-
-    def _routed_tokens(
-        self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        labels: torch.LongTensor | None,
-    ) -> torch.Tensor | None:
-        """`[B, S]`, 0 where a token is padding and does not count for the balancing loss; None if there is none.
-
-        Packed rows have positions in place of a mask: their padding is a row's last padding tokens without a target.
-        """
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return attention_mask
-        if position_ids is None or labels is None or input_ids is None or self.config.pad_token_id is None:
-            return None
-        padding = (input_ids == self.config.pad_token_id) & (labels.to(input_ids.device) == -100)
-        return 1 - padding.long().flip(-1).cumprod(-1).flip(-1)
 
     def _loss_without_logits(
         self,

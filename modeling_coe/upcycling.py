@@ -376,7 +376,7 @@ def _mixtral_config(source: CoEConfig) -> MixtralConfig:
     if source.model_type != "coe":
         raise ValueError(f"downcycle: `model_type={source.model_type!r}` is not a CoE.")
     required = {"num_iterations": (1,), "num_shared_experts": (0,), "qk_norm": (None,), "attention_bias": (False,),
-                "norm_topk_prob": (True,), "residual": ("nested", "outer")}  # fmt: skip
+                "norm_topk_prob": (True,), "residual": ("nested", "outer"), "router_bias": (False,)}  # fmt: skip
     for name, accepted in required.items():
         if getattr(source, name) not in accepted:
             raise ValueError(

@@ -16,15 +16,19 @@ def swiglu(x, gate, up, down):
 
 def iteration(x, block, pool, config, t):
     """F_t(x) of one token `x [H]`: router t, its K best experts of the pool, the shared expert (eq. 1-3)."""
-    router = block.gate.weight[t if config.independent_gating else 0]
-    probabilities = torch.exp(router @ x) / torch.exp(router @ x).sum()
-    chosen = sorted(range(config.num_local_experts), key=lambda i: -probabilities[i].item())
-    chosen = chosen[: config.num_experts_per_tok]
-    total = sum(probabilities[i] for i in chosen) if config.norm_topk_prob else 1.0
+    t_router = t if config.independent_gating else 0
+    N, outputs = config.num_local_experts, config.num_local_experts + config.num_null_experts
+    scores = block.gate.weight[t_router] @ x
+    bias = block.gate.e_score_correction_bias[t_router] if config.router_bias else torch.zeros(outputs)
+    chosen = sorted(range(outputs), key=lambda i: -(scores[i] + bias[i]).item())[: config.num_experts_per_tok]
+    # A null expert counts only where it is chosen, and then as an expert whose output is 0.
+    known = chosen if config.norm_topk_prob else sorted({*range(N), *chosen})
+    total = sum(torch.exp(scores[i]) for i in known)
     output = torch.zeros_like(x)
     for i in chosen:
-        gate, up = pool.gate_up_proj[i].chunk(2)
-        output = output + probabilities[i] / total * swiglu(x, gate, up, pool.down_proj[i])
+        if i < N:
+            gate, up = pool.gate_up_proj[i].chunk(2)
+            output = output + torch.exp(scores[i]) / total * swiglu(x, gate, up, pool.down_proj[i])
     if config.num_shared_experts:
         shared = block.shared_expert
         output = output + swiglu(x, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)

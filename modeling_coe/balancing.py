@@ -1,0 +1,238 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Balanced experts without a loss (arXiv 2408.15664), and a budget of experts per token, held alike (2509.01322).
+
+The biases that this moves are in every CoE with `router_bias=True`, and in every transformers model whose routers have
+an `e_score_correction_bias`: DeepSeek-V3, GLM-4-MoE and their kin, in which nothing else updates them.
+
+    Trainer(model, ..., callbacks=[RouterBiasCallback()])
+
+    balance = RouterBalance(model)  # or in a loop of one's own, after `optimizer.step()`:
+    balance.step()
+
+Shape letters: T tokens, N experts, K experts per token, R routers of one module.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from .modeling_coe import BUDGET_STEPS, CoETopKRouter, routed_tokens
+
+
+BIAS = "e_score_correction_bias"
+# The inputs of a model that tell its padding.
+COUNTED_BY = ("input_ids", "attention_mask", "position_ids", "labels")
+
+
+class RouterBalance:
+    """Counts the experts that tokens choose in training, and moves each router's bias against the imbalance.
+
+    `step()` adds `rate` to the bias of every expert that was chosen less often than the mean of its router and takes
+    it from the others. The bias of null experts moves as one, towards `config.expert_budget` experts per token. What
+    counts since the last step: every forward pass in training mode, of all ranks, without its padding, and without
+    what gradient checkpointing repeats.
+
+    Args:
+        model (`nn.Module`): the model in training, PEFT's or another wrapper around it included.
+        rate (`float`, *optional*, defaults to 1e-3): how far a bias moves in one step, in units of what it is added
+            to: logits in CoE; scores after a sigmoid in DeepSeek-V3, which was trained with 1e-3.
+
+    Raises:
+        ValueError: a rate that is not positive, or a model without such biases.
+    """
+
+    def __init__(self, model: nn.Module, rate: float = 1e-3):
+        self.rate = _positive(rate)
+        self.is_counting, self.token_weight = False, None
+        self.routers = {name: module for name, module in model.named_modules() if _bias(module) is not None}
+        if not self.routers:
+            raise ValueError(
+                f"{type(model).__name__} has no `{BIAS}` that could balance its experts. A CoE has one in each router "
+                "with `router_bias=True` in its configuration."
+            )
+        self.counts = {
+            name: torch.zeros_like(_rows(module), dtype=torch.long) for name, module in self.routers.items()
+        }
+        self.hooks = []
+        for name, module in self.routers.items():
+            if isinstance(module, CoETopKRouter):
+                self.hooks.append(module.register_forward_hook(partial(self._count_chain, name)))
+            else:
+                count = partial(self._count_call, name)
+                self.hooks.append(_experts_beside(model, name).register_forward_pre_hook(count, with_kwargs=True))
+        counted = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+        self.config = getattr(counted, "config", None)
+        self.hooks.append(counted.register_forward_pre_hook(self._start, with_kwargs=True))
+        self.hooks.append(counted.register_forward_hook(self._stop))
+
+    @torch.no_grad()
+    def step(self):
+        """Moves the biases by what was counted since the last step, and counts anew."""
+        if dist.is_available() and dist.is_initialized():
+            for counts in self.counts.values():
+                dist.all_reduce(counts)
+        for name, module in self.routers.items():
+            counts, bias = self.counts[name], _rows(module)
+            null = module.num_null_experts if isinstance(module, CoETopKRouter) else 0
+            N = bias.shape[-1] - null
+            experts = counts[:, :N]
+            # N times the mean's excess over an expert, in whole numbers, so that all ranks find the same sign.
+            bias[:, :N] += self.rate * torch.sign(experts.sum(-1, keepdim=True) - N * experts)
+            if null > 0:
+                wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.double)
+                bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)
+            counts.zero_()
+
+    def remove(self):
+        """Stops counting."""
+        for hook in self.hooks:
+            hook.remove()
+
+    # The model's forward pass opens and closes the count: gradient checkpointing repeats layers after its end.
+    def _start(self, model: nn.Module, args: tuple, kwargs: dict):
+        self.is_counting = model.training and torch.is_grad_enabled()
+        inputs = dict(zip(COUNTED_BY[:3], args, strict=False)) | kwargs
+        self.token_weight = routed_tokens(self.config, *(inputs.get(name) for name in COUNTED_BY))
+
+    def _stop(self, model: nn.Module, args: tuple, output: object):
+        self.is_counting, self.token_weight = False, None
+
+    def _count_chain(self, name: str, gate: CoETopKRouter, args: tuple, output: tuple):
+        if self.is_counting:
+            self._add(name, args[1] % gate.weight.shape[0], output[2])
+
+    def _count_call(self, name: str, experts: nn.Module, args: tuple, kwargs: dict):
+        if self.is_counting:
+            values = (*args, *kwargs.values())
+            self._add(name, 0, next(value for value in values if value.dtype == torch.long))
+
+    def _add(self, name: str, router: int, index: torch.Tensor):
+        """`[T, K]`, the experts that the tokens chose; all null experts have the index N and one column of it."""
+        counts = self.counts[name] = self.counts[name].to(index.device)
+        weight = torch.ones_like(index)
+        if self.token_weight is not None:
+            sequence_length = index.shape[0] // self.token_weight.shape[0]
+            token_weight = self.token_weight[:, -sequence_length:].reshape(-1, 1)
+            weight = token_weight.to(index.device, torch.long).expand_as(index)
+        counts[router].index_add_(0, index.reshape(-1), weight.reshape(-1))
+
+
+class RouterBiasCallback(TrainerCallback):
+    """`RouterBalance` for Trainer: after every optimizer step the biases move by `rate`."""
+
+    def __init__(self, rate: float = 1e-3):
+        self.rate = _positive(rate)
+        self.balance = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)
+        self.balance = RouterBalance(model, self.rate)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.balance.step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.balance is not None:
+            self.balance.remove()
+            self.balance = None
+
+
+@torch.no_grad()
+def calibrate_expert_budget(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]):
+    """Stores in the model which bias of its null experts gives which mean number of experts per token.
+
+    A token chooses its j-th best null expert if that one's logit, with the bias, is above that of its j-th worst among
+    its K best experts: the bias for a budget is a quantile of these margins. Routers see what those before them made,
+    so each of the 17 budgets takes a forward pass over the batches. `set_expert_budget(x)` and the argument
+    `expert_budget=x` then find the bias; the budget that is set does not change.
+
+    Args:
+        model (`PreTrainedModel`): a CoE with null experts.
+        batches (iterable of `dict`): inputs of the model, text like that which it will see; some thousand tokens.
+
+    Raises:
+        ValueError: a model without null experts, or no batches.
+    """
+    config, batches = model.config, list(batches)
+    if not getattr(config, "num_null_experts", 0):
+        raise ValueError(f"{type(model).__name__} has no null experts: there is no budget to calibrate.")
+    if not batches:
+        raise ValueError("`batches` is empty; pass at least one batch of the model's inputs.")
+    low, high = config.smallest_expert_budget, config.num_experts_per_tok
+    gates = [module for module in model.modules() if isinstance(module, CoETopKRouter)]
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(BUDGET_STEPS):
+            portion = step / (BUDGET_STEPS - 1)
+            quantiles = defaultdict(list)
+            for batch in batches:
+                weight = routed_tokens(config, *(batch.get(name) for name in COUNTED_BY))
+                store = partial(_store_quantile, quantiles, weight, step)
+                hooks = [gate.register_forward_pre_hook(store) for gate in gates]
+                try:
+                    model(**batch, expert_budget=low + (high - low) * portion)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+    finally:
+        model.train(was_training)
+
+
+def _store_quantile(
+    quantiles: dict[tuple, list], weight: torch.Tensor | None, step: int, gate: CoETopKRouter, args: tuple
+):
+    """Before router t routes: what its null bias must be for the budget of this step, the mean over the batches."""
+    hidden_states, iteration = args[:2]
+    router = iteration % gate.weight.shape[0]
+    margins = _null_margins(gate, gate.logits(hidden_states, iteration), router)
+    if weight is not None:
+        margins = margins[weight.reshape(-1).to(margins.device).bool()]
+    quantiles[gate, router].append(torch.quantile(margins.flatten(), 1 - step / (BUDGET_STEPS - 1)))
+    gate.null_bias_of_budget[router, step] = torch.stack(quantiles[gate, router]).mean()
+
+
+def _null_margins(gate: CoETopKRouter, logits: torch.Tensor, router: int) -> torch.Tensor:
+    """Logits `[T, N + null]` -> `[T, J]`: above which bias of the null experts a token chooses 1, 2, ... J of them."""
+    N, J = gate.num_experts, min(gate.top_k, gate.num_null_experts)
+    experts = logits[:, :N] + gate.e_score_correction_bias[router, :N]
+    worst_first = experts.topk(gate.top_k).values.flip(-1)
+    return worst_first[:, :J] - logits[:, N:].topk(J).values
+
+
+def _positive(rate: float) -> float:
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"`rate={rate}` must be a positive number; DeepSeek-V3 was trained with 1e-3.")
+    return rate
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    return module._buffers.get(BIAS, module._parameters.get(BIAS))
+
+
+def _rows(module: nn.Module) -> torch.Tensor:
+    """The bias as `[R, N]`, whatever shape a model gives it; a view, to be changed in place."""
+    bias = _bias(module)
+    return bias.data.view(-1, bias.shape[-1])
+
+
+def _experts_beside(model: nn.Module, name: str) -> nn.Module:
+    """The experts of the block that a router is, or is in."""
+    path = name
+    while True:
+        experts = getattr(model.get_submodule(path), "experts", None)
+        if isinstance(experts, nn.Module):
+            return experts
+        if not path:
+            raise ValueError(f"Found no `experts` in the block of `{name}`, so nothing tells which it chooses.")
+        path = path.rpartition(".")[0]
+
+
+__all__ = ["RouterBalance", "RouterBiasCallback", "calibrate_expert_budget"]

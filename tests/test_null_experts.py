@@ -1,0 +1,254 @@
+# Copyright 2026 The Chain-of-Experts team. All rights reserved.
+# SPDX-License-Identifier: Apache-2.0
+"""Null experts: what they compute, what they save, and the budget that says how often they are chosen."""
+
+import naive_coe
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_compiled_and_exported_equal_eager, build, tokens
+
+from modeling_coe import CoEConfig, CoEForCausalLM, downcycle, experts_coe
+from modeling_coe.balancing import RouterBalance, calibrate_expert_budget
+
+
+NULL = {"router_bias": True, "num_null_experts": 3, "router_aux_loss_coef": 0.0}
+IMPLEMENTATIONS = ["coe", "grouped_mm", "batched_mm", "eager"]
+
+
+def with_null_experts(bias=0.5, **overrides):
+    """A model whose biases differ from expert to expert."""
+    model = build(**{**NULL, **overrides})
+    for router in model._routers():
+        router.e_score_correction_bias.uniform_(-bias, bias)
+    return model
+
+
+def loss_and_gradients(model, ids, **inputs):
+    model.zero_grad()
+    model.train()
+    output = model(ids, labels=ids, **inputs)
+    output.loss.backward()
+    model.eval()
+    return output.logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def experts_per_token(model, ids, **inputs):
+    """`[L * C, T]`, how many experts each token really computes."""
+    counts = []
+    hooks = [
+        router.register_forward_hook(lambda gate, args, output: counts.append((output[2] < gate.num_experts).sum(-1)))
+        for router in model._routers()
+    ]
+    with torch.no_grad():
+        model(ids, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(counts)
+
+
+@pytest.mark.parametrize("residual", ["nested", "inner", "outer"])
+@pytest.mark.parametrize("independent_gating", [True, False])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_a_model_equals_the_naive_one_in_outputs_and_all_gradients(residual, independent_gating, norm_topk_prob):
+    model = with_null_experts(
+        residual=residual, independent_gating=independent_gating, norm_topk_prob=norm_topk_prob, num_shared_experts=1
+    ).double()
+    ids = tokens(1, 6)
+    parameters = dict(model.named_parameters())
+
+    def run(logits):
+        loss = F.cross_entropy(logits[:-1], ids[0, 1:])
+        return logits, torch.autograd.grad(loss, list(parameters.values()))
+
+    logits, gradients = run(model(ids).logits[0])
+    expected, expected_gradients = run(naive_coe.decoder(ids[0], model, model.config))
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    largest = max(gradient.abs().max() for gradient in expected_gradients)
+    for name, gradient, naive in zip(parameters, gradients, expected_gradients, strict=True):
+        assert (gradient - naive).abs().max() <= 1e-6 * largest, name
+    routers = [gradient for name, gradient in zip(parameters, gradients, strict=True) if name.endswith("gate.weight")]
+    assert all(gradient[:, 7:].abs().max() > 0 for gradient in routers)  # null experts are learned
+    counts = experts_per_token(model, ids)
+    assert counts.min() < counts.max()  # some tokens chose null experts, and not all the same number
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_null_experts_that_are_never_chosen_change_nothing(norm_topk_prob):
+    plain = build(norm_topk_prob=norm_topk_prob)
+    model = build(norm_topk_prob=norm_topk_prob, **NULL)
+    weights = model.state_dict()
+    for name, tensor in plain.state_dict().items():
+        target = weights[name]
+        target[:, : tensor.shape[1]].copy_(tensor) if name.endswith("gate.weight") else target.copy_(tensor)
+    ids = tokens(2, 9)
+    assert (model(ids).logits - plain(ids).logits).abs().max() > 0.01
+    model.set_expert_budget(2)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_that_chooses_null_experts_alone_leaves_the_chain():
+    model = with_null_experts(num_iterations=2, num_hidden_layers=1)
+    block = model.model.layers[0].mlp
+    block.gate.e_score_correction_bias[1, 7:] = 100.0
+    x = torch.randn(1, 5, 48)
+    once = block.iterate(x, 0, block.experts)
+    torch.testing.assert_close(block(x), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_all_experts_implementations_skip_null_experts(implementation):
+    model = with_null_experts()
+    ids = tokens(2, 9)
+    logits, gradients = loss_and_gradients(model, ids)
+    model.set_experts_implementation(implementation)
+    other, other_gradients = loss_and_gradients(model, ids)
+    torch.testing.assert_close(other, logits, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    model.set_experts_implementation("coe")
+    with torch.no_grad():
+        decoded = torch.cat([model(ids[:, : n + 1]).logits[:, -1:] for n in range(9)], dim=1)
+    torch.testing.assert_close(decoded, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 2])
+def test_rows_of_null_experts_are_not_computed(budget, monkeypatch):
+    model = build(**NULL)
+    model.set_expert_budget(budget)
+    rows = []
+    plain_mm = experts_coe._Groups.mm
+
+    def counting_mm(self, left, weight):
+        rows.append(left.shape[0])
+        return plain_mm(self, left, weight)
+
+    monkeypatch.setattr(experts_coe._Groups, "mm", counting_mm)
+    loss_and_gradients(model, tokens(2, 9))
+    assert set(rows) == {budget * 18}
+
+
+def test_compiled_and_exported_models_equal_the_eager_one():
+    assert_compiled_and_exported_equal_eager(with_null_experts(), tokens(2, 7))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = with_null_experts(layers_per_pool=2), tokens(2, 7)
+    _, gradients = loss_and_gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    _, checkpointed = loss_and_gradients(model, ids)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_the_balancing_loss_counts_the_experts_that_were_chosen_and_no_null_experts():
+    model = with_null_experts(router_aux_loss_coef=0.1)
+    ids = tokens(2, 7)
+    output = model(ids, output_router_logits=True)
+    chosen, probability = torch.zeros(7), torch.zeros(7)
+    routers = [(router, t) for router in model._routers() for t in range(3)]
+    for logits, (router, t) in zip(output.router_logits, routers, strict=True):
+        index = (logits + router.e_score_correction_bias[t]).topk(2).indices
+        chosen += F.one_hot(index, 10).sum((0, 1))[:7] / 14
+        probability += logits[:, :7].softmax(-1).mean(0)
+    expected = 7 * (chosen / 6) @ (probability / 6)
+    torch.testing.assert_close(output.aux_loss, expected)
+
+
+def test_a_calibrated_budget_is_kept_on_other_text_and_differs_between_calls():
+    model = with_null_experts(num_iterations=2, vocab_size=99)
+    calibrate_expert_budget(model, [{"input_ids": tokens(8, 64, seed=seed)} for seed in (1, 2)])
+    held_out = tokens(8, 64, seed=3)
+    for budget in (0, 0.5, 1.0, 1.6, 2):
+        counts = experts_per_token(model, held_out, expert_budget=budget).float()
+        assert abs(counts.mean() - budget) <= 0.05, budget
+    before = model(held_out).logits
+    model.generate(held_out[:1, :4], max_new_tokens=3, expert_budget=0.5)
+    torch.testing.assert_close(model(held_out).logits, before, rtol=0, atol=0)
+
+
+def test_a_budget_that_was_set_is_saved_and_is_that_of_a_call(tmp_path):
+    model = with_null_experts()
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    ids = tokens(2, 9)
+    expected = model(ids, expert_budget=1.25).logits
+    model.set_expert_budget(1.25)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    loaded = CoEForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.expert_budget == 1.25
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    torch.testing.assert_close(loaded(ids, expert_budget=0.5).logits, model(ids, expert_budget=0.5).logits)
+
+
+def test_padding_does_not_count_in_the_calibration():
+    ids, mask = tokens(4, 32), torch.ones(4, 64, dtype=torch.long)
+    mask[:, 32:] = 0
+    padded = torch.cat([ids, tokens(4, 32, seed=9)], dim=1)
+    tables = []
+    for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}, {"input_ids": padded}):
+        model = with_null_experts()
+        calibrate_expert_budget(model, [batch])
+        tables.append(model._routers()[1].null_bias_of_budget)
+    torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-4)
+    assert (tables[2] - tables[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_stay_in_full_precision(dtype, tmp_path):
+    model = with_null_experts()
+    biases = [router.e_score_correction_bias.clone() for router in model._routers()]
+    model.save_pretrained(tmp_path)
+    for moved in (model.to(dtype), CoEForCausalLM.from_pretrained(tmp_path, dtype=dtype)):
+        for router, bias in zip(moved._routers(), biases, strict=True):
+            assert router.weight.dtype == dtype
+            torch.testing.assert_close(router.e_score_correction_bias, bias, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_null_experts": 2}, "`num_null_experts=2` must be 0 without `router_bias=True`"),
+        ({"num_null_experts": -1, "router_bias": True}, "`num_null_experts=-1`"),
+        ({"expert_budget": 1.5}, "`expert_budget=1.5` must be None without null experts"),
+        (
+            {"num_null_experts": 3, "router_bias": True, "expert_budget": 2.5},
+            r"`expert_budget=2.5` must be in \[0, 2\]",
+        ),
+        ({"num_null_experts": 1, "router_bias": True, "expert_budget": 0.5}, r"must be in \[1, 2\]"),
+        ({"num_null_experts": 1, "router_bias": True, "expert_budget": float("nan")}, "`expert_budget=nan`"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(fields, named):
+    with pytest.raises(ValueError, match=named):
+        CoEConfig(num_local_experts=7, num_experts_per_tok=2, **fields)
+
+
+def test_impossible_budgets_of_a_model_are_refused_by_name():
+    with pytest.raises(ValueError, match="`expert_budget=1` must be None without null experts"):
+        build().set_expert_budget(1)
+    with pytest.raises(ValueError, match="`expert_budget=1` must be None without null experts"):
+        build()(tokens(1, 3), expert_budget=1)
+    model = build(**NULL)
+    with pytest.raises(ValueError, match=r"`expert_budget=3` must be in \[0, 2\]"):
+        model.set_expert_budget(3)
+    with pytest.raises(ValueError, match=r"`expert_budget=1\.5` is not calibrated"):
+        model.set_expert_budget(1.5)
+    with pytest.raises(ValueError, match="no null experts"):
+        calibrate_expert_budget(build(), [{"input_ids": tokens(1, 3)}])
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        calibrate_expert_budget(model, [])
+    assert model.config.expert_budget == 2 * 7 / 10
+    with pytest.raises(ValueError, match="router_bias=True"):
+        downcycle(build(num_iterations=1, **NULL))
+
+
+def test_training_holds_the_budget():
+    model = build(**NULL, expert_budget=0.75).train()
+    balance = RouterBalance(model, rate=0.05)
+    ids = tokens(8, 32)
+    for _ in range(60):
+        model(ids)
+        balance.step()
+    counts = experts_per_token(model, ids).float().mean(-1)
+    assert (counts - 0.75).abs().max() < 0.1
