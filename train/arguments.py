@@ -195,6 +195,10 @@ class PretrainArguments(TrainingArguments):
     pool_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "Times the learning rate, for experts that several layers share."}
     )
+    router_bias_rate: float = field(
+        default=1e-3,
+        metadata={"help": "How far the routers' balancing biases move in a step, in models that have them; 0: not."},
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs every column."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "The x axis of the loss curve."})
 
@@ -204,6 +208,7 @@ class PretrainArguments(TrainingArguments):
         check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_pool_rate(self.pool_learning_rate_factor)
+        require_least(self, {"router_bias_rate": 0})
         if self.save_strategy == "steps" and self.save_steps % self.logging_steps != 0:
             raise ValueError(
                 f"`save_steps={self.save_steps}` must be a multiple of `logging_steps={self.logging_steps}`, or the "

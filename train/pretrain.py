@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
+from modeling_coe.balancing import RouterBiasCallback, calibrate_expert_budget
 from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
     DataArguments,
@@ -47,6 +48,7 @@ from modeling_coe.train.checkpoints import (
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, share_solved, solve
 from modeling_coe.train.optimizer import PoolRate
 from modeling_coe.train.report import (
+    ROUTING_HEALTH,
     Curve,
     RoutingHealth,
     facts_of_run,
@@ -202,19 +204,32 @@ def pretrain(
         eval_dataset=blocks["validation"],
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[Curve()],
+        callbacks=[Curve(), *balancing(model.config, training.router_bias_rate)],
         problems=as_problems(documents["validation"], data_arguments.scored_problems),
         max_new_tokens=data_arguments.max_new_tokens,
     )
     show_progress(trainer)
 
     has_trained = train_from(trainer, checkpoint)
+    if getattr(model.config, "num_null_experts", 0) > 0:
+        calibrate(trainer)
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, model_arguments, data_arguments, base, checkpoint, has_trained)
+
+
+def balancing(config, rate: float) -> list[RouterBiasCallback]:
+    """What moves the routers' biases in training, if the model has them."""
+    return [RouterBiasCallback(rate)] if getattr(config, "router_bias", False) and rate > 0 else []
+
+
+def calibrate(trainer: Pretrainer, batches: int = 4):
+    """Make `set_expert_budget` work on the trained model, by its first training batches."""
+    rows = zip(range(batches), trainer.get_eval_dataloader(trainer.train_dataset), strict=False)
+    calibrate_expert_budget(trainer.model, [trainer._prepare_inputs(batch) for _, batch in rows])
 
 
 def report(
@@ -236,6 +251,7 @@ def report(
         "validation_loss": trainer.metrics["eval_loss"],
         "share_solved": trainer.metrics.get("eval_solved"),
         "scored_problems": len(trainer.answers),
+        "routing_health": {name: value for name, value in trainer.metrics.items() if name.startswith(ROUTING_HEALTH)},
         **facts_of_run(trainer, checkpoint, is_new),
     }
     write_results(trainer, facts, trainer.answers, Path(model.model).stem)

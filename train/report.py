@@ -32,6 +32,8 @@ import matplotlib.pyplot as plt
 
 
 CURVE = "loss_curve.jsonl"
+# How the names of `routing_health`'s values begin in the metrics of an evaluation.
+ROUTING_HEALTH = tuple(f"eval_{name}" for name in ("router_entropy", "dead", "load_", "pool_", "experts_per_token"))
 ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 

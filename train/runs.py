@@ -199,7 +199,7 @@ RECORDED = (
     "adam_beta1 adam_beta2 adam_epsilon assistant_only_loss bf16 completion_only_loss data_seed dataloader_drop_last "
     "fp16 gradient_accumulation_steps label_smoothing_factor learning_rate loss_type lr_scheduler_kwargs "
     "lr_scheduler_type max_grad_norm max_length neftune_noise_alpha optim optim_args packing packing_strategy "
-    "per_device_train_batch_size pool_learning_rate_factor seed warmup_steps weight_decay"
+    "per_device_train_batch_size pool_learning_rate_factor router_bias_rate seed warmup_steps weight_decay"
 ).split()
 
 

@@ -6,8 +6,9 @@
         --scale cpu --dataset path/to/gsm8k
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
-times the steps, `recipe:` overrides its recipe. Each learning rate is tried with the first seed; the one with the
-lowest validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
+times the steps, `recipe:` overrides its recipe, `budget: 2` scores its run at two experts a token and iteration. Each
+learning rate is tried with the first seed; the one with the lowest validation loss runs with the others. A table's
+`scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again. Writes `<results_dir>/<table>_<scale>.json`, and a picture if the table is a `frontier`.
 
@@ -22,25 +23,33 @@ import math
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
-from modeling_coe.train.arguments import command_line, parse
+from modeling_coe.modeling_coe import CoETopKRouter
+from modeling_coe.train.arguments import DataArguments, command_line, parse
 from modeling_coe.train.checkpoints import write_json
+from modeling_coe.train.data import collate, load_documents, pack
 from modeling_coe.train.report import environment, peak_bytes, save_picture
 
 
 # Student's t, two-sided 95 %, by the number of seeds.
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 EQUAL_COMPUTE = 0.05
+# One lock for each run's folder.
+TRAINING = defaultdict(Lock)
 
 
 @dataclass
@@ -141,10 +150,11 @@ class Variant:
 
     preset: dict
     recipe: dict
+    budget: float | None = None
 
     @property
     def config(self) -> CoEConfig:
-        return CoEConfig(**self.preset)
+        return CoEConfig(**self.preset | ({} if self.budget is None else {"expert_budget": self.budget}))
 
     @property
     def flops(self) -> float:
@@ -225,12 +235,12 @@ def build_variant(row: dict, scale: Scale) -> Variant:
         ValueError: a field that is none of the configuration, or a combination that no model can have.
     """
     fields = dict(row)
-    depth, length = fields.pop("depth", 1), fields.pop("length", 1)
+    depth, length, budget = fields.pop("depth", 1), fields.pop("length", 1), fields.pop("budget", None)
     recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
     if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
-        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length` or `recipe` of a row.")
-    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe)
+        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length`, `budget` or `recipe`.")
+    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe, budget)
 
 
 def lengthen(recipe: dict, factor: int) -> dict:
@@ -281,6 +291,7 @@ def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: Thre
             raise ValueError(f"{name!r} diverged at `learning_rate={rates[name]:g}`; give the scale lower ones too.")
         losses = [run["validation_loss"] for run in runs]
         facts = ("seed", "validation_loss", "share_solved", "tokens", "train_seconds", "peak_memory_gib", "commit")
+        more = ("routing_health", "experts_per_token", "experts_by_loss")
         rows[name] = {
             "config": variant.preset,
             "parameters": sum(count_parameters(variant.config).values()),
@@ -289,7 +300,10 @@ def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: Thre
             "loss_by_learning_rate": grids[name],
             "mean_validation_loss": round(statistics.mean(losses), 4),
             "standard_deviation": round(statistics.stdev(losses), 4),
-            "runs": [{fact: run[fact] for fact in facts} for run in runs],
+            "runs": [
+                {fact: run[fact] for fact in facts} | {fact: run[fact] for fact in more if run.get(fact)}
+                for run in runs
+            ],
         }
     return rows
 
@@ -298,6 +312,13 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
     """One run of train/pretrain.py, unless its folder holds the finished run; what became of it."""
     identity = json.dumps([variant.preset, variant.recipe, rate, seed], sort_keys=True)
     folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    with TRAINING[folder]:  # rows that differ in their budget alone share a run
+        train(variant, rate, seed, folder)
+    run = read_run(folder, rate, seed)
+    return run if variant.budget is None or run["diverged"] else run | score(variant, seed, folder)
+
+
+def train(variant: Variant, rate: float, seed: int, folder: Path):
     diverged = folder / "diverged.json"
     if not (folder / "facts.json").is_file() and not diverged.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +341,52 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
                     f"A run failed: {message} See {folder.with_suffix('.log')}; then repeat the command."
                 )
             write_json(diverged, {"message": message})
-    return read_run(folder, rate, seed)
+
+
+def score(variant: Variant, seed: int, folder: Path) -> dict:
+    """The validation loss of a finished run at the variant's budget, the mean number of experts that its tokens really
+    computed an iteration, and that number by the loss of the token they predict: quarters, from the easiest."""
+    path = folder / f"budget_{variant.budget:g}.json"
+    if not path.is_file():
+        names = DataArguments.__dataclass_fields__.keys() & variant.recipe.keys()
+        data = DataArguments(**{name: variant.recipe[name] for name in names})
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        documents = load_documents(data, seed)["validation"]
+        blocks = list(pack(documents, tokenizer, data.sequence_length, data.split_long_documents))
+        losses, experts = [], []
+        for start in range(0, len(blocks), 8):
+            batch = collate(blocks[start : start + 8], tokenizer.pad_token_id)
+            loss, count = loss_and_experts(model, batch, variant.budget)
+            losses.append(loss)
+            experts.append(count)
+        losses, experts = torch.cat(losses), torch.cat(experts)
+        quarters = experts[losses.argsort()].tensor_split(4)
+        scores = {
+            "validation_loss": round(losses.mean().item(), 4),
+            "experts_per_token": round(experts.mean().item(), 3),
+            "experts_by_loss": [round(quarter.mean().item(), 3) for quarter in quarters],
+        }
+        write_json(path, scores)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def loss_and_experts(model: CoEForCausalLM, batch: dict, budget: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every target of a batch, its loss, and the mean number of experts an iteration of the token before it."""
+    chosen, labels = [], batch["labels"]
+    hooks = [
+        module.register_forward_hook(lambda gate, args, output: chosen.append(output[2] < gate.num_experts))
+        for module in model.modules()
+        if isinstance(module, CoETopKRouter)
+    ]
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], expert_budget=budget).logits
+    for hook in hooks:
+        hook.remove()
+    experts = torch.stack(chosen).sum(-1).float().mean(0).view(labels.shape)
+    is_target = labels[:, 1:] != -100
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
+    return losses[is_target], experts[:, :-1][is_target]
 
 
 def read_run(folder: Path, rate: float, seed: int) -> dict:
@@ -336,6 +402,9 @@ def read_run(folder: Path, rate: float, seed: int) -> dict:
         "train_seconds": facts["train_seconds"],
         "peak_memory_gib": facts["peak_memory_gib"],
         "commit": facts["commit"],
+        "routing_health": {
+            name.removeprefix("eval_"): value for name, value in facts.get("routing_health", {}).items()
+        },
     }
 
 
@@ -420,7 +489,8 @@ def plot_frontier(rows: dict, path: Path):
         for name, row in rows.items():
             if abs(row[same] / first[same] - 1) <= EQUAL_COMPUTE:
                 config = CoEConfig(**row["config"])
-                lines.setdefault((config.num_iterations, config.num_hidden_layers), []).append(name)
+                kind = (config.num_iterations, config.num_hidden_layers, config.num_null_experts)
+                lines.setdefault(kind, []).append(name)
         for kind, names in lines.items():
             color = colors.setdefault(kind, f"C{len(colors)}")
             names.sort(key=lambda name: rows[name][key])
