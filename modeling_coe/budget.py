@@ -24,6 +24,16 @@ def head_widths(config: CoEConfig) -> tuple[int, int]:
     return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
 
 
+def router_outputs(config: CoEConfig) -> int:
+    """N and the null experts."""
+    return config.num_local_experts + config.num_null_experts
+
+
+def mean_experts(config: CoEConfig) -> float:
+    """How many experts a token computes in an iteration: K, or with null experts the mean that their bias holds."""
+    return config.num_experts_per_tok if config.num_null_experts == 0 else config.expert_budget
+
+
 def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
     """Every parameter tensor of `CoEForCausalLM` as (component, number of such tensors, elements of one)."""
     V, H, I, L = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -35,7 +45,7 @@ def parameter_tensors(config: CoEConfig) -> list[tuple[str, int, int]]:
         ("attention", 2 * L, H * Q),
         ("attention", 2 * L, H * D),
         ("norms", 2 * L + 1, H),
-        ("router", L, (C if config.independent_gating else 1) * N * H),
+        ("router", L, (C if config.independent_gating else 1) * router_outputs(config) * H),
         ("experts", P, N * 2 * I * H),
         ("experts", P, N * H * I),
     ]
@@ -82,8 +92,14 @@ def equal_compute_moe(config: CoEConfig) -> CoEConfig:
     The shared expert stays as it is, so a chain with one computes it C - 1 times more often.
 
     Raises:
-        ValueError: the chain visits more experts than there are, C * K > N.
+        ValueError: the chain visits more experts than there are, C * K > N, or has null experts: what it computes
+            depends on the text.
     """
+    if config.num_null_experts > 0:
+        raise ValueError(
+            f"With `num_null_experts={config.num_null_experts}` a token computes {mean_experts(config)} experts on "
+            "average; no MoE of K experts for every token has the same compute."
+        )
     top_k = config.num_iterations * config.num_experts_per_tok
     if top_k > config.num_local_experts:
         raise ValueError(
@@ -94,14 +110,11 @@ def equal_compute_moe(config: CoEConfig) -> CoEConfig:
 
 
 def forward_flops(config: CoEConfig, sequence_length: int) -> dict[str, float]:
-    """FLOPs of one token's forward pass by component, a multiply-add as two, averaged over a causal sequence."""
-    H, I, L, C, K = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.num_iterations,
-        config.num_experts_per_tok,
-    )
+    """FLOPs of one token's forward pass by component, a multiply-add as two, averaged over a causal sequence.
+
+    With null experts an expectation, of a model that holds its `expert_budget`.
+    """
+    H, I, L, C = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_iterations
     Q, D = head_widths(config)
     window = min(config.sliding_window or sequence_length, sequence_length)
     # The first `window` tokens see 1, 2, ..., window keys, each later one sees `window`.
@@ -109,8 +122,8 @@ def forward_flops(config: CoEConfig, sequence_length: int) -> dict[str, float]:
     return {
         "attention": L * 2 * (2 * H * Q + 2 * H * D),
         "attention_scores": L * 2 * 2 * Q * visible,
-        "router": L * C * 2 * H * config.num_local_experts,
-        "experts": L * C * K * 2 * 3 * H * I,
+        "router": L * C * 2 * H * router_outputs(config),
+        "experts": L * C * mean_experts(config) * 2 * 3 * H * I,
         "shared_expert": L * C * 2 * 3 * H * I * config.num_shared_experts,
         "lm_head": 2 * H * config.vocab_size,
     }
@@ -234,26 +247,28 @@ def _saved_attention(config: CoEConfig, setup: TrainingSetup) -> int:
 
 def _saved_router(config: CoEConfig, setup: TrainingSetup) -> int:
     """One iteration's router, for all T tokens."""
-    N, K, H, r = config.num_local_experts, config.num_experts_per_tok, config.hidden_size, setup.stream_bytes
+    N, K, H, r = router_outputs(config), config.num_experts_per_tok, config.hidden_size, setup.stream_bytes
     # x_{t-1}, which the experts and the shared expert keep too, the softmax, the chosen indices (int64).
     saved = r * H + 4 * N + 8 * K
+    if config.num_null_experts > 0:
+        saved += N  # which null experts were not chosen
     if config.norm_topk_prob:
         saved += 4 * K + 4
     if config.router_aux_loss_coef > 0:
-        saved += 4 * N
+        saved += 4 * config.num_local_experts
     if config.router_jitter_noise > 0:
         saved += r * H
     return setup.tokens * saved
 
 
 def _saved_experts(config: CoEConfig, setup: TrainingSetup) -> int:
-    """One iteration's experts, per token."""
+    """One iteration's experts, per token; `grouped_mm` keeps rows for null experts too."""
     K, H, I = config.num_experts_per_tok, config.hidden_size, config.intermediate_size
     e = _experts_bytes(setup)
     scale = setup.stream_bytes * H if config.iteration_scale else 0
     if setup.experts_implementation == "coe":
         # Per choice: gate and up, its place in the order (int64), its weight (fp32).
-        return scale + K * (2 * I * e + 8 + 4)
+        return scale + round(mean_experts(config) * (2 * I * e + 8)) + K * 4
     # Per choice: three permutations (int64), the gathered input, gate and up, silu(gate), its product with up,
     # the expert's output, its weight (fp32).
     return scale + K * (3 * 8 + e * (H + 2 * I + I + I + H) + 4)
@@ -339,7 +354,8 @@ def weight_bytes(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
 def serving_memory(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
     """Bytes on the device while the longest prompt is read, the highest point of serving; their sum is the prediction.
 
-    `activations` are those of the experts of one visit, for all tokens at once, beside the residual stream.
+    `activations` are those of the experts of one visit, for all tokens at once, beside the residual stream; no null
+    experts are reckoned with, for a prompt may want few.
     """
     T, H, I = setup.batch_size * setup.length, config.hidden_size, config.intermediate_size
     K, width = config.num_experts_per_tok, BYTES[setup.dtype]
@@ -362,7 +378,7 @@ def decoded_token_bytes(config: CoEConfig, setup: ServingSetup) -> float:
     if not config.tie_word_embeddings:
         del sizes["embedding"]
     N = config.num_local_experts
-    hit = 1 - (1 - config.num_experts_per_tok / N) ** setup.batch_size
+    hit = 1 - (1 - mean_experts(config) / N) ** setup.batch_size
     pools = count_parameters(config)["experts"] // (3 * N * config.hidden_size * config.intermediate_size)
     visits = config.num_hidden_layers * config.num_iterations / pools
     step = sum(sizes.values()) + experts * visits * hit
@@ -385,7 +401,7 @@ def training_memory(config: CoEConfig, setup: TrainingSetup) -> dict[str, int]:
         layer = kept // L
         kept = L * T * H * setup.stream_bytes
         # The routers' logits outlive their layer for the load-balancing loss.
-        kept += L * config.num_iterations * T * 8 * config.num_local_experts * (config.router_aux_loss_coef > 0)
+        kept += L * config.num_iterations * T * 8 * router_outputs(config) * (config.router_aux_loss_coef > 0)
     return {
         "weights": total * width,
         "gradients": total * width,

@@ -30,6 +30,7 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
+from modeling_coe.routing import record_routing
 from modeling_coe.train import plan
 from modeling_coe.train.plan import propose
 
@@ -53,6 +54,8 @@ VARIANTS = {
     "paper": {"residual": "inner", "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "num_iterations": 3},
     "shared_router": {"independent_gating": False, "residual": "outer", "num_shared_experts": 1},
     "pool": {"layers_per_pool": 3, "vocab_size": 300},
+    # The budget is the default one, in proportion, and so what routers that nothing has trained choose.
+    "null_experts": {"router_bias": True, "num_null_experts": 3},
     "biased": {"attention_bias": True, "head_dim": 16, "num_local_experts": 40, "intermediate_size": 16},
 }
 SLOW = pytest.mark.slow
@@ -180,8 +183,12 @@ def test_forward_flops_match_what_torch_counts(variant):
     config = CoEConfig(**BASE | VARIANTS[variant])
     model = build(config, implementation="eager").eval()
     model.set_attn_implementation("eager")
+    input_ids = torch.randint(config.vocab_size, (2, 7))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.randint(config.vocab_size, (2, 7)), use_cache=False)
+        model(input_ids, use_cache=False)
+    if config.num_null_experts > 0:
+        config.expert_budget = record_routing(model, input_ids).experts_per_token.mean().item()
+        assert 0 < config.expert_budget < 3
     flops = forward_flops(config, 7)
     # Eager attention multiplies all 7 x 7 pairs, a causal kernel only the (7 + 1) / 2 that a token sees on average.
     flops["attention_scores"] *= 7 / 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import build, tokens
 
-from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
+from modeling_coe.routing import Routing, plot_cost, plot_routing, plot_transitions, record_routing
 
 
 def watched_choices(model, input_ids):
@@ -131,3 +131,55 @@ def test_figure_has_a_panel_for_each_iteration(tmp_path):
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         record_routing(build().train(), tokens(1, 4))
+
+
+def test_null_experts_are_no_visits_and_a_token_s_cost_is_counted_by_kind_and_by_loss():
+    model = build(router_bias=True, num_null_experts=3)
+    model._routers()[0].e_score_correction_bias.uniform_(-1, 1)
+    ids, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[2, 4:] = 0
+    routing = record_routing(model, ids, mask)
+    for recorded, chosen in zip(routing.experts.flatten(0, 1), watched_choices(model, ids), strict=True):
+        assert torch.equal(recorded, chosen[mask.flatten().bool()])
+    visits = [[[e for e in token if e < 7] for token in row] for row in routing.experts.flatten(0, 1).tolist()]
+    counts = torch.tensor([[len(token) for token in row] for row in visits]).float().view(2, 3, 18)
+    assert counts.min() < counts.max() and torch.equal(routing.experts_per_token, counts)
+    flat = [expert for token in visits[4] for expert in token]
+    assert routing.load[1, 1].tolist() == pytest.approx([flat.count(expert) / len(flat) for expert in range(7)])
+    again = sum(len(set(a) & set(b)) for a, b in zip(visits[3], visits[4], strict=True))
+    assert routing.revisits[1, 0].item() == pytest.approx(again / len(flat))
+
+    kinds = torch.arange(18) % 3
+    assert routing.experts_by_kind(kinds)[1, 2, 1].item() == pytest.approx(counts[1, 2, 1::3].mean().item())
+    logits = model(ids, attention_mask=mask).logits
+    losses = [
+        torch.nn.functional.cross_entropy(logits[row, place], ids[row, place + 1]).item()
+        if place + 1 < mask[row].sum()
+        else None
+        for row in range(3)
+        for place in range(int(mask[row].sum()))
+    ]
+    assert [loss is None for loss in losses] == routing.loss.isnan().tolist()
+    known = sorted((loss, token) for token, loss in enumerate(losses) if loss is not None)
+    mean_loss, experts = routing.experts_by_loss(5)
+    assert mean_loss[0].item() == pytest.approx(sum(loss for loss, _ in known[:3]) / 3, rel=1e-4)
+    hardest = [token for _, token in known[-3:]]
+    assert experts[0, 2, 4].item() == pytest.approx(counts[0, 2, hardest].mean().item())
+
+
+def test_the_cost_of_a_text_is_drawn_token_by_token(tmp_path):
+    model = build(router_bias=True, num_null_experts=3)
+    routing = record_routing(model, tokens(1, 6), expert_budget=2)
+    assert (routing.experts < 7).all()
+    routing = record_routing(model, tokens(1, 6))
+    figure = plot_cost(routing, ["ab", " cd", "\n", "$e$f", "ghijk", "l"], columns=8)
+    axis = figure.axes[0]
+    shown = [(text.get_text(), text.get_position()) for text in axis.texts]
+    assert shown == [
+        ("ab", (0, 0.46)), (" cd", (2, 0.46)), ("¶", (5, 0.46)), (r"\$e\$f", (0, 1.46)), ("ghijk", (0, 2.46)),
+        ("l", (5, 2.46)),
+    ]  # fmt: skip
+    cost = routing.experts_per_token.mean(dim=(0, 1))
+    colors = [patch.get_facecolor() for patch in axis.patches]
+    assert len(set(colors)) == len(set(cost.tolist()))
+    figure.savefig(tmp_path / "cost.png")

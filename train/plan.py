@@ -103,10 +103,15 @@ def row(name: str, *values: str):
     print(f"  {name:<34}" + "".join(f"{value:>22}" for value in values))
 
 
+def has_equal_compute_moe(config: CoEConfig) -> bool:
+    visits = config.num_iterations * config.num_experts_per_tok
+    return config.num_null_experts == 0 and visits <= config.num_local_experts
+
+
 def print_comparison(config: CoEConfig, setup: TrainingSetup):
     """The preset beside the MoE that computes as much per token."""
     configs = [config]
-    if config.num_iterations > 1 and config.num_iterations * config.num_experts_per_tok <= config.num_local_experts:
+    if config.num_iterations > 1 and has_equal_compute_moe(config):
         configs.append(equal_compute_moe(config))
     names = [f"CoE-{c.num_iterations}({c.num_experts_per_tok}/{c.num_local_experts})" for c in configs]
     length = setup.sequence_length
@@ -117,6 +122,8 @@ def print_comparison(config: CoEConfig, setup: TrainingSetup):
     row("parameters", *(f"{sum(count_parameters(c).values()):,}" for c in configs))
     row("active parameters", *(f"{count_active_parameters(c):,}" for c in configs))
     row("forward MFLOPs a token", *(f"{sum(forward_flops(c, length).values()) / 1e6:,.1f}" for c in configs))
+    if config.num_null_experts > 0:
+        row("experts a token and iteration", f"{config.expert_budget:g} on average")
     training = (training_flops(c, length, setup.gradient_checkpointing) / 1e6 for c in configs)
     row("training MFLOPs a token", *(f"{value:,.1f}" for value in training))
     row("expert combinations of a layer", *(f"{count_expert_combinations(c):,}" for c in configs))
@@ -184,7 +191,7 @@ def print_world(config: CoEConfig, setup: TrainingSetup, gpus: int, memory: int)
     kinds = [traffic(config, setup, layout) for layout in layouts.values()]
     for kind in ("all_to_all", "gather", "reduce", "replicas"):
         row(f"{kind}: calls, MiB sent", *(calls_and_size(*sent[kind]) for sent in kinds))
-    if config.num_iterations * config.num_experts_per_tok <= config.num_local_experts:
+    if has_equal_compute_moe(config):
         calls, sent = traffic(equal_compute_moe(config), setup, [*layouts.values()][-1])["all_to_all"]
         row("all_to_all of the equal-compute MoE", "", "", calls_and_size(calls, sent))
     times = [step_seconds(config, setup, layout, cluster) for layout in layouts.values()]

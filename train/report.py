@@ -24,6 +24,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from modeling_coe.folders import facts_of
+from modeling_coe.modeling_coe import CoETopKRouter
 from modeling_coe.train.runs import write_json
 
 
@@ -121,13 +122,21 @@ class RoutingHealth:
 
 @torch.no_grad()
 def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of each iteration t, averaged over the layers: `router_entropy_t`, of a token's softmax, as a share of log N;
-    `dead_experts_t`, the share of experts that no token chose; `load_imbalance_t`, the busiest expert's load over the
-    mean. Where layers share pools also `dead_pool_experts`, the share that no token chose in any visit, and
-    `pool_imbalance`. Padding does not count.
+    """Of each iteration t, averaged over the layers, without padding:
+
+    `router_entropy_t`, of a token's softmax, as a share of the log of its outputs; `dead_experts_t`, the share of
+    experts that no token chose; `load_imbalance_t`, the busiest expert's load over the mean. With null experts also
+    `experts_per_token_t`, how many experts a token computes. Where layers share pools also `dead_pool_experts`, the
+    share that no token chose in any visit, and `pool_imbalance`.
     """
-    config = model.config
-    logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
+    config, choices = model.config, []
+    routers = [module for module in model.modules() if isinstance(module, CoETopKRouter)]
+    hooks = [router.register_forward_hook(lambda gate, args, output: choices.append(output[2])) for router in routers]
+    try:
+        logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
+    finally:
+        for hook in hooks:
+            hook.remove()
     keep = torch.ones(logits[0].shape[0], dtype=torch.bool, device=logits[0].device)
     if "attention_mask" in batch:
         keep = batch["attention_mask"].reshape(-1).bool()
@@ -135,15 +144,19 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     health, all_loads = {}, []
     for iteration in range(chain):
         probs = [layer[keep].softmax(-1) for layer in logits[iteration::chain]]
-        chosen = [layer.topk(config.num_experts_per_tok).indices.flatten().bincount(minlength=N) for layer in probs]
+        chosen = [layer[keep].flatten().bincount(minlength=N + 1)[:N] for layer in choices[iteration::chain]]
         loads = torch.stack(chosen).float()
         all_loads.append(loads)
-        entropy = torch.stack([torch.special.entr(layer).sum(-1).mean() for layer in probs]).mean() / math.log(N)
+        outputs = math.log(N + config.num_null_experts)
+        entropy = torch.stack([torch.special.entr(layer).sum(-1).mean() for layer in probs]).mean() / outputs
         health |= {
             f"router_entropy_{iteration + 1}": round(entropy.item(), 4),
             f"dead_experts_{iteration + 1}": round(loads.eq(0).float().mean().item(), 4),
             f"load_imbalance_{iteration + 1}": round((loads.amax(-1) / loads.mean(-1)).mean().item(), 3),
         }
+        if config.num_null_experts > 0:
+            mean = loads.sum(-1).mean() / keep.sum()
+            health[f"experts_per_token_{iteration + 1}"] = round(mean.item(), 3)
     if config.layers_per_pool > 1:
         pools = torch.stack(all_loads).sum(0).unflatten(0, (-1, config.layers_per_pool)).sum(1)
         health["dead_pool_experts"] = round(pools.eq(0).float().mean().item(), 4)

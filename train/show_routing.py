@@ -4,11 +4,13 @@
 
     python train/show_routing.py --model runs/smoke --dataset word_problems --output_dir runs/smoke/routing
 
-Reads validation documents and writes routing.json, load.png and, for more than one iteration, transitions.png.
+Reads validation documents and writes routing.json, load.png and, for more than one iteration, transitions.png. Of a
+model with null experts also what its tokens cost, in routing.json by kind and by loss of the token, and as cost.png.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.folders import facts_of
-from modeling_coe.routing import Routing, plot_routing, plot_transitions, record_routing
+from modeling_coe.routing import Routing, plot_cost, plot_routing, plot_transitions, record_routing
 from modeling_coe.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -32,6 +34,8 @@ from modeling_coe.train.runs import result_folder, write_json
 
 
 KINDS = ("digits", "words", "signs")
+# Tokens in the picture of their cost.
+SHOWN = 600
 TRAINED = ("steps", "tokens", "learning_rate", "seed", "validation_loss", "commit")
 
 
@@ -66,6 +70,14 @@ def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
         "specialisation_by_kind_of_token": routing.specialisation(kinds),
         "change_of_state": routing.change,
     }
+    if routing.experts.max() == routing.num_experts:
+        loss, experts = routing.experts_by_loss()
+        values |= {
+            "experts_per_token": routing.experts_per_token.mean(dim=-1),
+            "experts_by_kind_of_token": routing.experts_by_kind(kinds).mean(dim=(0, 1))[None],
+            "loss_of_quarters_of_the_tokens": loss[None],
+            "experts_by_quarter": experts.mean(dim=(0, 1))[None],
+        }
     rounded = {name: [[round(value, 4) for value in row] for row in rows.tolist()] for name, rows in values.items()}
     shares = kinds.bincount(minlength=len(KINDS)) / len(kinds)
     return {
@@ -88,6 +100,17 @@ def table(summary: dict) -> str:
             again = f"{summary['revisits'][layer][iteration - 1]:.0%}" if iteration else ""
             line = f"{layer:5}  {iteration + 1:9}  {entropy:7.2f}  {busiest:7.2f}  {change:6.2f}  {again:>12}"
             lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def cost_table(summary: dict) -> str:
+    """How many experts a token computes in an iteration, of each kind, and from the easiest quarter to the hardest."""
+    kinds = zip(KINDS, summary["experts_by_kind_of_token"][0], strict=False)
+    quarters = zip(summary["loss_of_quarters_of_the_tokens"][0], summary["experts_by_quarter"][0], strict=True)
+    lines = ["experts per token and iteration, by kind of token"]
+    lines += [f"  {kind:20} {experts:5.2f}" for kind, experts in kinds]
+    lines += ["and by the loss of the next token, quarters from the easiest"]
+    lines += [f"  {loss:8.3f} nats        {experts:5.2f}" for loss, experts in quarters]
     return "\n".join(lines)
 
 
@@ -128,6 +151,11 @@ def show(model_arguments: ModelArguments, data: DataArguments, options: RoutingA
     draw(save, plot_routing, routing, output / "load.png")
     if model.config.num_iterations > 1:
         draw(save, plot_transitions, routing, output / "transitions.png")
+    if "experts_per_token" in summary:
+        ids = inputs.input_ids[inputs.attention_mask.bool()][:SHOWN]
+        texts = [tokenizer.decode(token) for token in ids]
+        draw(save, partial(plot_cost, tokens=texts), routing, output / "cost.png")
+        print(cost_table(summary))
 
 
 def save(plot: Callable, routing: Routing, path: Path):

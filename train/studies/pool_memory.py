@@ -121,10 +121,12 @@ def main(arguments: list[str] | None = None):
             print(name, kind, rows[name][kind], flush=True)
     if options.repeats:
         times = measure_times(configs, options.repeats)
-        mixtral = statistics.median(next(iter(times.values())))
+        mixtral = next(iter(times.values()))
         for name, seconds in times.items():
-            speed = round(mixtral / statistics.median(seconds), 4)
-            rows[name] |= {"processor_seconds": seconds, "speed": speed}
+            # Of each round, in which the models take turns: what slows the machine for a while slows them alike.
+            ratios = [theirs / ours for theirs, ours in zip(mixtral, seconds, strict=True)]
+            quartiles = [round(value, 4) for value in statistics.quantiles(ratios, n=4)]
+            rows[name] |= {"processor_seconds": seconds, "speed": quartiles[1], "speed_quartiles": quartiles}
     write_json(output, {"command": command, "shape": shape, "rows": rows, **environment(CPU)})
 
 
