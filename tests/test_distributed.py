@@ -18,6 +18,7 @@ from torch import distributed
 from transformers.distributed import DistributedConfig, load_optimizer_distributed, save_optimizer_distributed
 
 from modeling_coe import CoEForCausalLM
+from modeling_coe.balancing import RouterBalance
 from modeling_coe.budget import TrainingSetup
 from modeling_coe.train import plan
 from modeling_coe.train.checkpoints import write_json
@@ -36,6 +37,7 @@ CHAINS = {
     "shared expert, norms per head": {"num_shared_experts": 2, "qk_norm": "head", "iteration_scale": True},
     "norms over all heads, biases, tied": {"qk_norm": "full", "attention_bias": True, "tie_word_embeddings": True},
     "a rank without tokens for its experts": {"num_experts_per_tok": 1},
+    "null experts": {"router_bias": True, "num_null_experts": 4},
     "layers that share a pool": {"num_hidden_layers": 4, "layers_per_pool": 2, "num_iterations": 2},
 }
 LAYOUTS = {
@@ -112,6 +114,16 @@ def move(rank, folder, layout, options):
     return {name: full(p).detach().clone() for name, p in model.named_parameters()}
 
 
+def balanced(rank, folder, options, ranks=2):
+    """The routers' biases after a step in which every rank had other tokens."""
+    folder = folder / "null experts"
+    model = load(folder, options) if ranks > 1 else CoEForCausalLM.from_pretrained(folder)
+    balance = RouterBalance(model.train(), rate=0.01)
+    model(input_ids=tokens(4, 9).chunk(ranks)[rank], use_cache=False)
+    balance.step()
+    return [router.e_score_correction_bias for router in balance.routers.values()]
+
+
 def count(rank, folder, model, options):
     """Calls and bytes of one micro-batch and bytes of weights held, summed over the ranks."""
     model = load(folder / model, options).train()
@@ -136,6 +148,8 @@ def on_rank(rank, port, folder):
             tasks[chain, layout] = lambda options=options, ranks=ranks, chain=chain: loss_and_gradients(
                 load(folder / chain, options), chain, rank % ranks, ranks
             )
+        if ranks == 2:
+            tasks["balanced", layout] = lambda options=options: balanced(rank, folder, options)
         if layout in SHARDED:
             tasks["moved", layout] = lambda layout=layout, options=options: move(rank, folder, layout, options)
         if options.get("fsdp_size"):
@@ -180,12 +194,25 @@ def outcome(results, *name):
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_give_one_ranks_loss_and_gradients(results, layout, chain):
+    if chain == "null experts" and "EP" in layout:
+        with pytest.raises(ValueError, match="no rank holds the `num_null_experts=4`"):
+            outcome(results, chain, layout)
+        return
     loss, gradients = outcome(results, chain, layout)
     expected_loss, expected = loss_and_gradients(build(**SIZES | CHAINS[chain]), chain)
     assert (loss - expected_loss).abs() <= 1e-5
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("layout", ["DDP", "FSDP2"])
+def test_biases_move_by_what_all_ranks_chose(results, layout):
+    biases = outcome(results, "balanced", layout)
+    expected = balanced(0, results[0], {}, ranks=1)
+    for bias, wanted in zip(biases, expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert torch.equal(bias, wanted)
 
 
 def test_the_rank_without_tokens_has_indeed_none():
