@@ -4,6 +4,7 @@
 
 import difflib
 import math
+from numbers import Real
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -277,14 +278,15 @@ class CoEConfig(PreTrainedConfig):
     def check_expert_budget(self, expert_budget: float | None):
         """Raises a ValueError for a mean number of experts per token that the null experts do not allow."""
         low, high = self.smallest_expert_budget, self.num_experts_per_tok
-        message = f"CoEConfig: `expert_budget={expert_budget}` must be"
+        message = f"CoEConfig: `expert_budget={expert_budget!r}` must be"
         if self.num_null_experts == 0 and expert_budget is not None:
             raise ValueError(
                 f"{message} None without null experts: every token computes {high} experts per iteration. Train a "
                 "model with `num_null_experts` and `router_bias=True`."
             )
-        if self.num_null_experts > 0 and not (expert_budget is not None and low <= expert_budget <= high):
-            raise ValueError(f"{message} in [{low}, {high}], experts per token and iteration.")
+        is_number = isinstance(expert_budget, Real) and not isinstance(expert_budget, bool)
+        if self.num_null_experts > 0 and not (is_number and low <= expert_budget <= high):
+            raise ValueError(f"{message} a number in [{low}, {high}], experts per token and iteration.")
 
     def _check_dtype(self):
         known = self.dtype is None or isinstance(vars(torch).get(str(self.dtype).removeprefix("torch.")), torch.dtype)

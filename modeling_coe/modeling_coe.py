@@ -340,6 +340,13 @@ class CoERotaryEmbedding(nn.Module):
         self._compute_frequencies()
         return self
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        """Of a model built on `meta`, `load_state_dict(assign=True)` makes the weights real; no file has these."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.inv_freq.is_meta:
+            self.inv_freq = torch.empty(0, device="cpu")
+            self._compute_frequencies()
+
     @staticmethod
     def compute_default_rope_parameters(config: CoEConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `theta^(-2i/d)`, `[head_dim / 2]`, and the attention factor 1 (arXiv 2104.09864)."""
@@ -641,7 +648,7 @@ class CoEPreTrainedModel(PreTrainedModel):
             ValueError: no null experts, a budget outside what they allow, or one that was not calibrated.
         """
         self._check_expert_budget(expert_budget)
-        self.config.expert_budget = expert_budget
+        self.config.expert_budget = float(expert_budget)
         for gate in self._routers():
             null = gate.e_score_correction_bias[:, gate.num_experts :]
             for router in range(null.shape[0]):
@@ -1013,8 +1020,10 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         # CODEPATH: only models balanced by a bias have one
         if not self.config.router_bias:
             return None
-        layers, iterations = self.model.layers, range(self.config.num_iterations)
-        return [layer.mlp.gate.choice_bias(iteration) for layer in layers for iteration in iterations]
+        gates = [layer.mlp.gate for layer in self.model.layers]
+        # PEFT's adapter of a parameter hides the methods of the module that it is around.
+        routers = [gate if hasattr(gate, "choice_bias") else gate.get_base_layer() for gate in gates]
+        return [router.choice_bias(iteration) for router in routers for iteration in range(self.config.num_iterations)]
 
     def _loss_without_logits(
         self,

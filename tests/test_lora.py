@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from modeling_coe import CoEConfig, CoEForCausalLM, CoEForSequenceClassification  # noqa: E402
 from modeling_coe.adapters import ROUTERS, count_adapted, lora_config  # noqa: E402
+from modeling_coe.balancing import calibrate_expert_budget  # noqa: E402
 
 
 def adapted(router="full", experts=True, seed=0, model=None, r=5, **overrides):
@@ -48,6 +49,22 @@ def expected_counts(router: str, experts: bool, r: int = 5, shared: int = 1) -> 
     if router != "none":
         counts["router"] = L * C * (N * H if router == "full" else r * (N + H))
     return counts
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_model_with_null_experts_is_adapted_and_merged_exactly(router):
+    model = build(router_bias=True, num_null_experts=3)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model, ids = adapted(router, model=model), tokens(2, 9)
+    expected = [model(input_ids=ids, expert_budget=budget).logits for budget in (None, 0.75, 2)]
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapters = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "experts" in name}
+    assert adapters and all(gradient.abs().sum() > 0 for gradient in adapters.values())
+    merged = model.eval().merge_and_unload()
+    for budget, logits in zip((None, 0.75, 2), expected, strict=True):
+        assert (merged(ids, expert_budget=budget).logits - logits).abs().max() <= 1e-5
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("router", ROUTERS)

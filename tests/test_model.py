@@ -493,6 +493,9 @@ def test_no_cast_and_no_empty_memory_spoils_the_rotation(rope):
     }
     moved["grown, then cast"](torch.zeros(1), positions)
     moved["grown, then cast"].bfloat16()
+    with torch.device("meta"):
+        moved["meta, then assigned"] = modeling_coe.CoERotaryEmbedding(config)
+    moved["meta, then assigned"].load_state_dict({}, assign=True)
     for name, rotary in moved.items():
         for short in (positions[:, :9], positions):
             modeling_coe.CoERotaryEmbedding(config)(torch.zeros(1), short)

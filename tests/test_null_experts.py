@@ -2,13 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Null experts: what they compute, what they save, and the budget that says how often they are chosen."""
 
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import naive_coe
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_compiled_and_exported_equal_eager, build, tokens
 
-from modeling_coe import CoEConfig, CoEForCausalLM, downcycle, experts_coe
+from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, downcycle, experts_coe
 from modeling_coe.balancing import RouterBalance, calibrate_expert_budget
 
 
@@ -213,9 +220,9 @@ def test_biases_stay_in_full_precision(dtype, tmp_path):
         ({"expert_budget": 1.5}, "`expert_budget=1.5` must be None without null experts"),
         (
             {"num_null_experts": 3, "router_bias": True, "expert_budget": 2.5},
-            r"`expert_budget=2.5` must be in \[0, 2\]",
+            r"`expert_budget=2.5` must be a number in \[0, 2\]",
         ),
-        ({"num_null_experts": 1, "router_bias": True, "expert_budget": 0.5}, r"must be in \[1, 2\]"),
+        ({"num_null_experts": 1, "router_bias": True, "expert_budget": 0.5}, r"must be a number in \[1, 2\]"),
         ({"num_null_experts": 1, "router_bias": True, "expert_budget": float("nan")}, "`expert_budget=nan`"),
     ],
 )
@@ -230,7 +237,7 @@ def test_impossible_budgets_of_a_model_are_refused_by_name():
     with pytest.raises(ValueError, match="`expert_budget=1` must be None without null experts"):
         build()(tokens(1, 3), expert_budget=1)
     model = build(**NULL)
-    with pytest.raises(ValueError, match=r"`expert_budget=3` must be in \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"`expert_budget=3` must be a number in \[0, 2\]"):
         model.set_expert_budget(3)
     with pytest.raises(ValueError, match=r"`expert_budget=1\.5` is not calibrated"):
         model.set_expert_budget(1.5)
@@ -241,6 +248,62 @@ def test_impossible_budgets_of_a_model_are_refused_by_name():
     assert model.config.expert_budget == 2 * 7 / 10
     with pytest.raises(ValueError, match="router_bias=True"):
         downcycle(build(num_iterations=1, **NULL))
+
+
+@pytest.mark.parametrize("budget", [True, "1.5", torch.tensor(1.5), None])
+def test_a_budget_that_is_no_number_is_refused_and_any_number_is_saved(budget):
+    model = with_null_experts()
+    calibrate_expert_budget(model, [{"input_ids": tokens(2, 32)}])
+    with pytest.raises(ValueError, match=f"`expert_budget={re.escape(repr(budget))}` must be a number in"):
+        model.set_expert_budget(budget)
+    if budget is not None:
+        with pytest.raises(ValueError, match="must be a number in"):
+            model(tokens(1, 3), expert_budget=budget)
+    model.set_expert_budget(np.float32(1.5))
+    assert '"expert_budget": 1.5' in model.config.to_json_string()
+
+
+def test_threads_with_budgets_of_their_own_do_not_disturb_each_other():
+    model, ids = with_null_experts(), tokens(2, 9)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    budgets = [0, 0.5, 1, 1.5, 2] * 4
+    with torch.no_grad():
+        expected = {budget: model(ids, expert_budget=budget).logits for budget in budgets}
+    with ThreadPoolExecutor(8) as pool:
+        logits = pool.map(lambda budget: model(ids, expert_budget=budget).logits.detach(), budgets)
+    for budget, found in zip(budgets, logits, strict=True):
+        torch.testing.assert_close(found, expected[budget])
+
+
+def test_a_process_without_the_package_turns_the_dial(tmp_path):
+    model, ids = with_null_experts(), tokens(2, 9)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.modules["modeling_coe"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+model.set_expert_budget(1.25)
+torch.save(model(torch.tensor({ids.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "m")}
+    )
+    expected = model(ids, expert_budget=1.25).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_quantised_experts_have_the_same_dial(tmp_path):
+    model, ids = with_null_experts(intermediate_size=32, head_dim=8), tokens(2, 9)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model.save_pretrained(tmp_path)
+    quantised = CoEForCausalLM.from_pretrained(tmp_path, quantization_config=QuantizedExpertsConfig(bits=8))
+    torch.testing.assert_close(quantised(ids, expert_budget=0).logits, model(ids, expert_budget=0).logits)
+    for budget in (0.5, 1.25, 2):
+        counts = experts_per_token(quantised, ids, expert_budget=budget).float()
+        assert abs(counts.mean() - experts_per_token(model, ids, expert_budget=budget).float().mean()) < 0.2
 
 
 def test_training_holds_the_budget():

@@ -11,8 +11,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def test_exported_chain_gives_the_same_logits_for_every_batch_length_and_padding(tmp_path):
-    model = build(num_iterations=2)
+@pytest.mark.parametrize("fields", [{}, {"router_bias": True, "num_null_experts": 3}], ids=["chain", "null experts"])
+def test_exported_chain_gives_the_same_logits_for_every_batch_length_and_padding(tmp_path, fields):
+    model = build(num_iterations=2, **fields)
     assert model.config._experts_implementation == "coe"
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     ids = tokens(2, 9)
