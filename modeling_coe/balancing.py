@@ -178,7 +178,8 @@ def calibrate_expert_budget(model: PreTrainedModel, batches: Iterable[dict[str, 
                 store = partial(_store_quantile, quantiles, weight, step)
                 hooks = [gate.register_forward_pre_hook(store) for gate in gates]
                 try:
-                    model(**batch, expert_budget=low + (high - low) * portion)
+                    # With a cache, attention would not keep the documents of a packed row apart.
+                    model(**{"use_cache": False, **batch}, expert_budget=low + (high - low) * portion)
                 finally:
                     for hook in hooks:
                         hook.remove()

@@ -384,6 +384,19 @@ def short_enough(
 
 
 @torch.no_grad()
+def turn_dial(model: PreTrainedModel, expert_budget: float | None):
+    """Let the model's tokens compute so many experts an iteration on average; None leaves it as it is.
+
+    Raises:
+        ValueError: a model that has no budget, or not this one.
+    """
+    if expert_budget is None:
+        return
+    if not hasattr(model, "set_expert_budget"):
+        raise ValueError(f"`expert_budget={expert_budget}` needs a CoE with null experts, not {type(model).__name__}.")
+    model.set_expert_budget(expert_budget)
+
+
 def solve(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

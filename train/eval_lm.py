@@ -30,7 +30,7 @@ from modeling_coe.train.arguments import (
     require_least,
     require_weights,
 )
-from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
+from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough, turn_dial
 from modeling_coe.train.report import environment, keep_output_short
 from modeling_coe.train.runs import result_folder, write_json
 
@@ -45,6 +45,9 @@ class EvaluationArguments:
     task_folder: str | None = field(default=None, metadata={"help": "Folder with YAML files of local lm_eval tasks."})
     task_limit: int | None = field(default=None, metadata={"help": "Score only the first examples of each task."})
     seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's."})
+    expert_budget: float | None = field(
+        default=None, metadata={"help": "Experts a token and iteration, on average, of a model with null experts."}
+    )
 
     def __post_init__(self):
         require_least(self, {"batch_size": 1, "task_limit": 1, "seed": 0})
@@ -101,6 +104,7 @@ def main(arguments: list[str] | None = None):
 def evaluate(model_arguments: ModelArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
     """Score the model and write what came out to `output`."""
     model = load(model_arguments)
+    turn_dial(model, evaluation.expert_budget)
     documents = load_documents(data, evaluation.seed)["validation"]
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
     length = min(data.sequence_length, model.config.max_position_embeddings)
@@ -113,6 +117,7 @@ def evaluate(model_arguments: ModelArguments, data: DataArguments, evaluation: E
         "model": model_arguments.model,
         "dataset": data.dataset,
         "validation_documents": len(documents),
+        "expert_budget": getattr(model.config, "expert_budget", None),
         **scores,
         "perplexity": math.exp(min(scores["validation_loss"], math.log(sys.float_info.max))),
         "scored_problems": len(answers),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.folders import require_model
 from modeling_coe.train.arguments import command_line, parse, require_least, require_weights
-from modeling_coe.train.data import PROMPT
+from modeling_coe.train.data import PROMPT, turn_dial
 from modeling_coe.train.report import keep_output_short
 
 
@@ -24,6 +24,9 @@ class GenerateArguments:
     question: str = field(metadata={"help": "One problem in words."})
     model: str = field(default="runs/smoke", metadata={"help": "Checkpoint folder or Hub id."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+    expert_budget: float | None = field(
+        default=None, metadata={"help": "Experts a token and iteration, on average, of a model with null experts."}
+    )
 
     def __post_init__(self):
         require_model("model", self.model)
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None):
     keep_output_short()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    turn_dial(model, options.expert_budget)
     inputs = tokenizer(PROMPT.format(options.question), return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -380,7 +380,8 @@ def loss_and_experts(model: CoEForCausalLM, batch: dict, budget: float) -> tuple
         for module in model.modules()
         if isinstance(module, CoETopKRouter)
     ]
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], expert_budget=budget).logits
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    logits = model(**inputs, expert_budget=budget, use_cache=False).logits
     for hook in hooks:
         hook.remove()
     experts = torch.stack(chosen).sum(-1).float().mean(0).view(labels.shape)
@@ -478,16 +479,31 @@ def judge_memory(claim: MemoryClaim, rows: dict) -> dict:
     }
 
 
+def is_equal(row: dict, other: dict, amount: str) -> bool:
+    return abs(row[amount] / other[amount] - 1) <= EQUAL_COMPUTE
+
+
 def plot_frontier(rows: dict, path: Path):
     """The validation loss that memory buys at the first row's compute, and that compute buys in its memory: a line for
     each number of iterations and layers; bars from the lowest to the highest seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     first, colors = next(iter(rows.values())), {}
-    panels = (("parameters", "flops_ratio", 1e6), ("flops_ratio", "parameters", 1))
-    for axis, (key, same, unit) in zip(axes, panels, strict=True):
+    panels = {
+        ("parameters", "flops_ratio", 1e6): {"xlabel": "parameters (millions)", "title": "at equal compute"},
+        ("flops_ratio", "parameters", 1): {"xlabel": "training FLOPs, relative", "title": "in equal memory"},
+    }
+    panels = {
+        panel: words
+        for panel, words in panels.items()
+        if sum(is_equal(row, first, panel[1]) for row in rows.values()) > 1
+    }
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    axes = axes[0]
+    for axis, ((key, same, unit), words) in zip(axes, panels.items(), strict=True):
         lines = {}
         for name, row in rows.items():
-            if abs(row[same] / first[same] - 1) <= EQUAL_COMPUTE:
+            if is_equal(row, first, same):
                 config = CoEConfig(**row["config"])
                 kind = (config.num_iterations, config.num_hidden_layers, config.num_null_experts)
                 lines.setdefault(kind, []).append(name)
@@ -503,8 +519,8 @@ def plot_frontier(rows: dict, path: Path):
                 axis.annotate(name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(xlabel="parameters (millions)", ylabel="validation loss (nats per token)", title="at equal compute")
-    axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
+        axis.set(**words)
+    axes[0].set(ylabel="validation loss (nats per token)")
     save_picture(figure, path)
 
 
