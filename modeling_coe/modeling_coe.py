@@ -225,6 +225,7 @@ class CoESparseMoeBlock(nn.Module):
         self.num_iterations = config.num_iterations
         self.has_chain_residual = config.residual != "outer"
         self.jitter_noise = config.router_jitter_noise
+        self.num_experts, self.num_null_experts = config.num_local_experts, config.num_null_experts
         self.gate = CoETopKRouter(config)
         # CODEPATH: in a pool of several layers the first holds the experts, and the others get them from the model
         self.experts = CoEExperts(config) if self.layer_in_pool == 0 else None
@@ -288,6 +289,10 @@ class CoESparseMoeBlock(nn.Module):
         logits, top_k_weights, top_k_index = self.gate(tokens, iteration, expert_budget)
         if router_logits is not None:
             router_logits.append(logits)
+        # CODEPATH: experts that another program has put in place of ours (vLLM) know no index N, a null expert's
+        if self.num_null_experts > 0 and not any(isinstance(module, CoEExperts) for module in experts.modules()):
+            is_null = top_k_index == self.num_experts
+            top_k_index, top_k_weights = top_k_index.masked_fill(is_null, 0), top_k_weights.masked_fill(is_null, 0)
         output = experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
         if self.shared_expert is not None:
             output = output + self.shared_expert(hidden_states)

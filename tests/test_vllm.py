@@ -54,6 +54,7 @@ FORMS = {
     "scales, norms over heads, biases": {
         "iteration_scale": True, "qk_norm": "full", "attention_bias": True, "num_iterations": 2,
     },
+    "null experts": {"router_bias": True, "num_null_experts": 4, "num_iterations": 2},
     "two layers a pool": {"layers_per_pool": 2, "num_iterations": 2},
     "sliding window, tied embeddings": {"sliding_window": 7, "tie_word_embeddings": True, "num_iterations": 2},
 }  # fmt: skip
