@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import logger as trainer_logger
 
+from modeling_coe.routing import record_routing
 from modeling_coe.train import eval_lm, pretrain, report
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from modeling_coe.train.checkpoints import checkpoints, newest_checkpoint
@@ -165,6 +166,33 @@ def test_a_run_killed_again_and_again_has_the_curve_of_an_uninterrupted_one_bit_
     assert json.loads((tmp_path / "facts.json").read_text())["resumed_from"] == "checkpoint-8"
     assert curve(tmp_path) == curve(whole_run)
     assert (tmp_path / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+
+
+def test_a_killed_run_has_the_biases_and_the_budget_of_an_uninterrupted_one_bit_for_bit(tmp_path):
+    preset = tmp_path / "dial.json"
+    dial = {"router_bias": True, "num_null_experts": 3, "expert_budget": 1.5, "router_aux_loss_coef": 0.0}
+    preset.write_text(json.dumps({"model_type": "coe", **TINY, **dial}))
+    changes = {"router_bias_rate": 0.05, "scored_problems": 0, "gradient_accumulation_steps": 2}
+    pretrain.main(options(preset, tmp_path / "whole", **changes))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    command = [sys.executable, "-c", KILLED_RUNS, killed, *options(preset, killed, **changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT / "train")}
+    subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=True)
+    pretrain.main(options(preset, killed, **changes))
+    assert json.loads((killed / "facts.json").read_text())["resumed_from"] == "checkpoint-8"
+    assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+    model = AutoModelForCausalLM.from_pretrained(killed)
+    biases = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in model.model.layers])
+    steps = biases / 0.05
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+    assert 3 <= steps.abs().max() <= 12
+    ids = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(0))
+    computed = [record_routing(model, ids, expert_budget=x).experts_per_token.mean().item() for x in (0.5, 1, 1.5)]
+    assert computed == sorted(computed) and computed[2] - computed[0] > 0.3
+    facts = json.loads((killed / "facts.json").read_text())
+    assert 0 < facts["routing_health"]["eval_experts_per_token_2"] < 2
 
 
 def test_a_finished_run_repeated_or_killed_before_its_last_save_is_the_same_run(whole_run, preset, tmp_path):
