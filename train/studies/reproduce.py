@@ -182,6 +182,8 @@ def main(arguments: list[str] | None = None):
         claims = [judge(claim, rows) for claim in table.claims]
         if table.frontier:
             plot_frontier(rows, output / f"{name}.png")
+        elif any(variant.budget is not None for variant in variants.values()):
+            plot_dial(rows, output / f"{name}.png")
     write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
     print_results(rows, claims)
 
@@ -315,7 +317,9 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
     with TRAINING[folder]:  # rows that differ in their budget alone share a run
         train(variant, rate, seed, folder)
     run = read_run(folder, rate, seed)
-    return run if variant.budget is None or run["diverged"] else run | score(variant, seed, folder)
+    if variant.budget is None or run["diverged"]:
+        return run
+    return run | score(variant, seed, folder) | {"routing_health": None}
 
 
 def train(variant: Variant, rate: float, seed: int, folder: Path):
@@ -479,34 +483,18 @@ def judge_memory(claim: MemoryClaim, rows: dict) -> dict:
     }
 
 
-def is_equal(row: dict, other: dict, amount: str) -> bool:
-    return abs(row[amount] / other[amount] - 1) <= EQUAL_COMPUTE
-
-
 def plot_frontier(rows: dict, path: Path):
     """The validation loss that memory buys at the first row's compute, and that compute buys in its memory: a line for
     each number of iterations and layers; bars from the lowest to the highest seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     first, colors = next(iter(rows.values())), {}
-    panels = {
-        ("parameters", "flops_ratio", 1e6): {"xlabel": "parameters (millions)", "title": "at equal compute"},
-        ("flops_ratio", "parameters", 1): {"xlabel": "training FLOPs, relative", "title": "in equal memory"},
-    }
-    panels = {
-        panel: words
-        for panel, words in panels.items()
-        if sum(is_equal(row, first, panel[1]) for row in rows.values()) > 1
-    }
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", sharey=True, squeeze=False
-    )
-    axes = axes[0]
-    for axis, ((key, same, unit), words) in zip(axes, panels.items(), strict=True):
+    panels = (("parameters", "flops_ratio", 1e6), ("flops_ratio", "parameters", 1))
+    for axis, (key, same, unit) in zip(axes, panels, strict=True):
         lines = {}
         for name, row in rows.items():
-            if is_equal(row, first, same):
+            if abs(row[same] / first[same] - 1) <= EQUAL_COMPUTE:
                 config = CoEConfig(**row["config"])
-                kind = (config.num_iterations, config.num_hidden_layers, config.num_null_experts)
-                lines.setdefault(kind, []).append(name)
+                lines.setdefault((config.num_iterations, config.num_hidden_layers), []).append(name)
         for kind, names in lines.items():
             color = colors.setdefault(kind, f"C{len(colors)}")
             names.sort(key=lambda name: rows[name][key])
@@ -519,8 +507,33 @@ def plot_frontier(rows: dict, path: Path):
                 axis.annotate(name, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(**words)
-    axes[0].set(ylabel="validation loss (nats per token)")
+    axes[0].set(xlabel="parameters (millions)", ylabel="validation loss (nats per token)", title="at equal compute")
+    axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
+    save_picture(figure, path)
+
+
+def plot_dial(rows: dict, path: Path):
+    """The validation loss against the experts that a token computes: of one checkpoint at its budgets, and of models
+    trained with so many for every token; bars from the lowest to the highest seed."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    lines = {"trained with K for every token": [], "one checkpoint, its budget turned": []}
+    for row in rows.values():
+        config = CoEConfig(**row["config"])
+        losses = [run["validation_loss"] for run in row["runs"]]
+        if "experts_per_token" in row["runs"][0]:
+            experts = statistics.mean(run["experts_per_token"] for run in row["runs"])
+            lines["one checkpoint, its budget turned"].append((experts, losses))
+        elif config.num_null_experts == 0:
+            lines["trained with K for every token"].append((config.num_experts_per_tok, losses))
+    for label, points in lines.items():
+        experts, losses = zip(*sorted(points), strict=True)
+        means = [statistics.mean(seeds) for seeds in losses]
+        spread = [[abs(f(seeds) - mean) for seeds, mean in zip(losses, means, strict=True)] for f in (min, max)]
+        axis.errorbar(experts, means, spread, fmt="o-", capsize=3, linewidth=1.2, label=label)
+    axis.set(xlabel="experts a token computes an iteration, on average", ylabel="validation loss (nats per token)")
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     save_picture(figure, path)
 
 

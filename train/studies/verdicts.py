@@ -70,27 +70,44 @@ def kind_of(name: str, result: dict) -> str:
 
 
 def judged(results: dict[str, dict]) -> list[dict]:
-    """The claims of all results, each with the scale at which it was judged."""
-    return [claim | {"scale": scale_of(name)} for name, result in results.items() for claim in result["claims"]]
+    """The claims of all results, each with the scale at which it was judged, and a number."""
+    claims = [claim | {"scale": scale_of(name)} for name, result in results.items() for claim in result["claims"]]
+    return [claim | {"number": number} for number, claim in enumerate(claims, 1)]
 
 
 def plot_differences(claims: list[dict], path: Path):
     """The difference that decided each claim, with its 95 % interval; left of zero the first of the two is better."""
     colors = {"supported": "#1b7837", "contradicted": "#b2182b", "undecided": "0.55"}
-    figure, axis = plt.subplots(figsize=(10, 0.18 * len(claims) + 1), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 0.13 * len(claims) + 1), layout="constrained")
     axis.axvline(0, color="0.3", linewidth=0.8)
     for height, claim in enumerate(claims):
         low, high = claim["interval"]
         difference, color = claim["difference"], colors[claim["verdict"]]
-        axis.errorbar(difference, height, xerr=[[difference - low], [high - difference]], fmt="o", color=color)
-    labels = [f"{claim['claim']}, {claim['scale']}".replace("`", "") for claim in claims]
-    axis.set_yticks(range(len(claims)), labels, fontsize=7)
-    axis.set(ylim=(len(claims) - 0.5, -0.5), xlabel="difference in validation loss (nats)")
+        spread = [[difference - low], [high - difference]]
+        axis.errorbar(difference, height, xerr=spread, fmt="o", markersize=4, color=color)
+    axis.set_yticks(range(len(claims)), [claim["number"] for claim in claims], fontsize=6)
+    axis.set(ylim=(len(claims) - 0.5, -0.5), ylabel="claim", xlabel="difference in validation loss (nats)")
+    # One interval of seeds that disagree would leave no room for the others.
+    axis.set_xlim(max(-0.4, axis.get_xlim()[0]), min(0.4, axis.get_xlim()[1]))
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], color=color, marker="o") for color in colors.values()]
     figure.legend(handles, colors, loc="outside upper center", ncols=len(colors), frameon=False)
     save_picture(figure, path)
+
+
+def mean_of(runs: list[dict], fact: str) -> float | list[float]:
+    """The mean over the seeds of a number or of every number in a list."""
+    values = [run[fact] for run in runs]
+    if isinstance(values[0], list):
+        return [statistics.mean(column) for column in zip(*values, strict=True)]
+    return statistics.mean(values)
+
+
+def health_of(runs: list[dict], fact: str) -> list[float]:
+    """The mean over the seeds of a number of `routing_health`, by iteration."""
+    names = [name for name in runs[0]["routing_health"] if name.startswith(f"{fact}_")]
+    return [statistics.mean(run["routing_health"][name] for run in runs) for name in sorted(names)]
 
 
 def scale_of(name: str) -> str:
@@ -109,9 +126,26 @@ def describe(name: str, result: dict) -> dict:
         row: content | {"solved": statistics.mean(run["share_solved"] or 0 for run in content["runs"])}
         for row, content in result["rows"].items()
     }
+    dial = [
+        (row, mean_of(content["runs"], "experts_per_token"), mean_of(content["runs"], "experts_by_loss"))
+        for row, content in rows.items()
+        if "experts_per_token" in content["runs"][0]
+    ]
+    balance = [
+        (row, health_of(content["runs"], "load_imbalance"), health_of(content["runs"], "dead_experts"))
+        for row, content in rows.items()
+        if "routing_health" in content["runs"][0]
+    ]
     picture = Path(name).with_suffix(".png")
     picture = picture if (RESULTS / picture).is_file() else None
-    return result | {"file": name, "scale_name": scale_of(name), "picture": picture, "rows": rows}
+    return result | {
+        "file": name,
+        "scale_name": scale_of(name),
+        "picture": picture,
+        "rows": rows,
+        "dial": dial,
+        "balance": balance,
+    }
 
 
 if __name__ == "__main__":
