@@ -70,7 +70,9 @@ class QuantizedWeight(torch.Tensor):
         return cls(values, scale, weight.shape, bits).pack()
 
     def pack(self) -> "QuantizedWeight":
-        """Laid out for this CPU's kernel, if it has one for 4 bits."""
+        """Laid out for this CPU's kernels: 4 bits in blocks of rows; 8 bits at an address that a mapped file lacks."""
+        if self.bits == 8 and self.device.type == "cpu":
+            self.values = _aligned(self.values)
         rows, block = self.shape[-2], _block_rows() if self.device.type == "cpu" and _has_kernel(self) else 0
         if self.bits == 8 or self.packed or block == 0:
             return self
@@ -188,22 +190,37 @@ def _has_kernel(weight: QuantizedWeight) -> bool:
     return known and (weight.bits == 4 or weight.shape[-1] % 16 == 0)
 
 
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Torch's 8-bit kernel ends the process where it reads rows from no multiple of 32 bytes, weights from none of 16.
+
+    What torch allocates is a multiple of 64, as is every row of it whose width the kernel takes.
+    """
+    if tensor.is_meta or torch.compiler.is_compiling():
+        return tensor
+    return tensor if tensor.data_ptr() % 32 == 0 else tensor.clone()
+
+
+def _multiply(rows: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """`x W'` by the CPU's kernels, else with W expanded."""
+    rows = rows.to(weight.dtype).contiguous()
+    on_cpu = weight.device.type == "cpu" and _has_kernel(weight) and (weight.bits == 8 or weight.packed)
+    # The kernels' time grows with every row; from about 64 on, a product with the expanded weight is faster.
+    if not on_cpu or len(rows) > 64:
+        return rows @ weight.dequantize().t()
+    if weight.bits == 8:
+        return torch._weight_int8pack_mm(_aligned(rows), weight.values, weight.scale.view(-1))
+    group_size = weight.shape[1] // weight.scale.shape[0]
+    output = aten._weight_int4pack_mm_for_cpu(rows, weight.values, group_size, weight.scale)
+    return output[:, : weight.shape[0]]
+
+
 class _Product(torch.autograd.Function):
-    """`x W'` by the CPU's kernels, else with W expanded, as in backward; W has no gradient."""
+    """`x W'`; in backward W is expanded, and has no gradient."""
 
     @staticmethod
     def forward(ctx, rows, weight):
         ctx.weight = weight
-        rows = rows.to(weight.dtype).contiguous()
-        on_cpu = weight.device.type == "cpu" and _has_kernel(weight) and (weight.bits == 8 or weight.packed)
-        # The kernels' time grows with every row; from about 64 on, a product with the expanded weight is faster.
-        if not on_cpu or len(rows) > 64:
-            return rows @ weight.dequantize().t()
-        if weight.bits == 8:
-            return torch._weight_int8pack_mm(rows, weight.values, weight.scale.view(-1))
-        group_size = weight.shape[1] // weight.scale.shape[0]
-        output = aten._weight_int4pack_mm_for_cpu(rows, weight.values, group_size, weight.scale)
-        return output[:, : weight.shape[0]]
+        return _multiply(rows, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -211,7 +228,9 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(input: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    output = _Product.apply(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
+    # An autograd function costs as much as the product of one row.
+    product = _Product.apply if torch.is_grad_enabled() else _multiply
+    output = product(input.flatten(0, -2), weight).view(*input.shape[:-1], weight.shape[0])
     if weight.update is not None:
         B, A, alpha = weight.update
         output = output + alpha * F.linear(F.linear(input.to(A.dtype), A), B)

@@ -4,6 +4,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -379,3 +381,23 @@ def test_a_chain_larger_than_its_memory_runs_from_disk(model, folder, tmp_path):
     assert held <= budget
     with torch.no_grad():
         assert torch.equal(part(tokens(2, 7)).logits, whole(tokens(2, 7)).logits)
+
+
+def test_weights_and_rows_at_odd_addresses_are_multiplied_and_end_no_process():
+    """In a process of its own: torch's kernel would end this one."""
+    code = """
+import torch
+import torch.nn.functional as F
+from modeling_coe.quantization import QuantizedWeight
+torch.manual_seed(0)
+full = torch.randn(24, 64).bfloat16()
+weight = QuantizedWeight.quantize(full, 8, 32)
+expected = F.linear(torch.ones(3, 64).bfloat16(), weight)
+for offset in (1, 8, 40):
+    memory = torch.zeros(24 * 64 + 64, dtype=torch.int8)
+    memory[offset : offset + 24 * 64] = weight.values.flatten()
+    odd = QuantizedWeight(memory[offset : offset + 24 * 64].view(24, 64), weight.scale, full.shape, 8).pack()
+    rows = torch.ones(3 * 64 + 64).bfloat16()[offset : offset + 3 * 64].view(3, 64)
+    assert torch.equal(F.linear(rows, odd), expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
