@@ -147,7 +147,9 @@ class CoEConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         # `model_type` is in every stored configuration, and no keyword that a person would type.
         is_stored = "model_type" in kwargs
-        self._report_misspelt(kwargs, refuse=not is_stored)
+        for key in self._report_misspelt(kwargs, refuse=not is_stored):
+            del kwargs[key]
+        self._check_num_labels(kwargs.get("num_labels"))
         self._set_num_local_experts(kwargs)
         if self.num_null_experts > 0 and self.expert_budget is None:
             outputs = self.num_local_experts + self.num_null_experts
@@ -158,7 +160,7 @@ class CoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
         if not is_stored:
-            self.check_pad_token()
+            self.check_special_tokens()
         self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
         if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_local_experts:
             logger.warning_once(
@@ -166,8 +168,20 @@ class CoEConfig(PreTrainedConfig):
                 "routers learn from the balancing loss alone. Set `norm_topk_prob=False`."
             )
 
+    def __setattr__(self, key, value):
+        if key in ("rope_theta", "rope_scaling") and key not in self.__dict__:
+            raise ValueError(
+                f"CoEConfig: `{key}={value!r}` has no effect on a configuration that exists; change "
+                "`rope_parameters`, or pass it when the configuration is created."
+            )
+        if not hasattr(type(self), key):
+            self._report_misspelt({key: value}, refuse=True)
+        super().__setattr__(key, value)
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        cls._report_misspelt(kwargs, refuse=True)
+        cls._check_num_labels(kwargs.get("num_labels"))
         loaded = super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).check()
         return loaded
@@ -212,8 +226,23 @@ class CoEConfig(PreTrainedConfig):
 
     def check_pad_token(self):
         """The embedding's padding row must exist. Checked where a model is built, not while tokens are being added."""
-        inside = self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size
-        self._require("pad_token_id", inside, f"None or below vocab_size={self.vocab_size}, and not negative")
+        self._check_token("pad_token_id", self.pad_token_id)
+
+    def check_special_tokens(self):
+        """Those that a person names must exist. A stored file may name some that its model never got."""
+        self.check_pad_token()
+        self._check_token("bos_token_id", self.bos_token_id)
+        for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
+            self._check_token("eos_token_id", token)
+
+    def _check_token(self, name: str, token: int | None):
+        inside = token is None or 0 <= token < self.vocab_size
+        self._require(name, inside, f"None or below vocab_size={self.vocab_size}, and not negative")
+
+    @staticmethod
+    def _check_num_labels(num_labels: int | None):
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            raise ValueError(f"CoEConfig: `num_labels={num_labels!r}` must be a positive integer.")
 
     def check(self):
         """Raises a ValueError for values that no model can have, which may have come after construction."""
@@ -296,8 +325,10 @@ class CoEConfig(PreTrainedConfig):
         if not condition:
             raise ValueError(f"CoEConfig: `{name}={getattr(self, name)!r}` must be {requirement}.")
 
-    def _report_misspelt(self, unknown: dict, refuse: bool):
-        known = [*self.__dataclass_fields__, *TRANSFORMERS_KEYS]
+    @classmethod
+    def _report_misspelt(cls, unknown: dict, refuse: bool) -> list[str]:
+        """The keys that mean another one: refused where a person types them, warned of in a stored file."""
+        known, reported = [*cls.__dataclass_fields__, *TRANSFORMERS_KEYS], []
         for key, value in unknown.items():
             # Any `..._token_id` may be a token of its own: `eot_token_id` is no misspelt `eos_token_id`.
             allowed = key in known or key.startswith("_") or key.endswith("_token_id")
@@ -307,6 +338,8 @@ class CoEConfig(PreTrainedConfig):
                 if refuse:
                     raise ValueError(message)
                 logger.warning(f"{message} It has no effect.")
+                reported.append(key)
+        return reported
 
     def _set_num_local_experts(self, unknown: dict):
         given = unknown.get("num_experts", self.num_local_experts)

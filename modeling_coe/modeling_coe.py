@@ -15,6 +15,7 @@ C iterations. Paper: Chain-of-Experts, arXiv 2506.18945.
 import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -59,6 +60,13 @@ logger = logging.get_logger(__name__)
 
 # The budgets for which a router's null bias is stored; between two of them it is interpolated.
 BUDGET_STEPS = 17
+# The fields that a model reads once, when it is built.
+BUILT_FROM = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "num_iterations", "num_local_experts", "num_experts_per_tok", "layers_per_pool",
+    "num_shared_experts", "residual", "independent_gating", "norm_topk_prob", "router_bias", "num_null_experts",
+    "iteration_scale", "qk_norm", "attention_bias", "router_jitter_noise", "attention_dropout", "rope_parameters",
+)  # fmt: skip
 
 
 @use_experts_implementation
@@ -583,7 +591,12 @@ class CoEPreTrainedModel(PreTrainedModel):
         prefix = f"{cls.base_model_prefix}."
         lost = set(announced.state_dict()) & set(loading_info["missing_keys"])
         lost -= {key for key, *_ in loading_info["mismatched_keys"]}
-        if announced.base_model is not announced and cls.__name__ not in (stored.architectures or ()):
+        architectures = set(stored.architectures or ()) & set(__all__)
+        # A checkpoint that does not say what it is may lack the head of a task, but no language model's.
+        may_lack_head = cls.__name__ not in architectures and (
+            architectures or announced.get_output_embeddings() is None
+        )
+        if announced.base_model is not announced and may_lack_head:
             lost = {key for key in lost if key.startswith(prefix)}
         if lost:
             raise ValueError(
@@ -621,6 +634,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         return tp_plan, ep_plan, fsdp_plan
 
     def save_pretrained(self, save_directory, *args, **kwargs):
+        self._compare_with_built()
         # FSDP2 derives `FSDPCoEForCausalLM` in a file of torch's; a checkpoint names and holds the class it came from.
         current = self.__class__
         self.__class__ = next(base for base in current.__mro__ if not base.__module__.startswith("torch."))
@@ -642,6 +656,22 @@ class CoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(buffer)
         elif isinstance(module, CoESparseMoeBlock) and module.iteration_scale is not None:
             init.ones_(module.iteration_scale)
+
+    def _compare_with_built(self):
+        """What a model was built from may not have changed: the file would be another model, or none."""
+        for name, value in self.base_model.built_from.items():
+            if (changed := getattr(self.config, name)) != value:
+                raise ValueError(
+                    f"`config.{name}={changed!r}` was {value!r} when this model was built: the file would be another "
+                    f"model's. Restore it, or load the checkpoint with `from_pretrained(path, {name}={changed!r})`."
+                )
+        self.config.check_pad_token()
+        size = getattr(self.get_input_embeddings(), "num_embeddings", None)
+        if size not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"`config.vocab_size={self.config.vocab_size}`, and the embedding has {size} tokens; change both with "
+                "`model.resize_token_embeddings(...)`."
+            )
 
     def set_expert_budget(self, expert_budget: float):  # trf-ignore: TRF033, buffers move with the value
         """From now on a token computes `expert_budget` experts per iteration on average, the others are null experts.
@@ -703,6 +733,7 @@ class CoEModel(CoEPreTrainedModel):
         super().__init__(config)
         config.check()
         config.check_pad_token()
+        self.built_from = {name: deepcopy(getattr(config, name)) for name in BUILT_FROM}
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 

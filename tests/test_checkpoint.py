@@ -329,3 +329,45 @@ def test_weights_that_the_stored_configuration_does_not_announce_are_refused_by_
     (tmp_path / "config.json").write_text(json.dumps(stored | {field: after}))
     with pytest.raises(ValueError, match=r"holds \d+ tensors that its configuration does not announce: model\.layers"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("num_iterations", 2), ("num_experts_per_tok", 3), ("norm_topk_prob", False), ("residual", "outer"),
+     ("hidden_size", 96), ("rope_parameters", {"rope_type": "default", "rope_theta": 5.0})],
+)  # fmt: skip
+def test_a_field_that_changed_after_building_is_not_saved_with_the_old_model(field, value, tmp_path):
+    model = build()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=rf"`config\.{field}=.*was .* when this model was built"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_vocabulary_and_padding_of_a_saved_model_are_those_of_its_embedding(tmp_path):
+    model = build()
+    model.config.vocab_size = 120
+    with pytest.raises(ValueError, match="vocab_size=120`, and the embedding has 99 tokens"):
+        model.save_pretrained(tmp_path)
+    model.config.vocab_size, model.config.pad_token_id = 99, 99
+    with pytest.raises(ValueError, match="`pad_token_id=99` must be"):
+        model.save_pretrained(tmp_path)
+    model.resize_token_embeddings(120)
+    model.save_pretrained(tmp_path)
+    assert modeling_coe.CoEForCausalLM.from_pretrained(tmp_path).config.vocab_size == 120
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["SomethingForCausalLM"]])
+def test_a_language_model_s_head_is_not_made_up_where_a_checkpoint_does_not_say_what_it_is(architectures, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lack 1 tensors that its configuration announces: lm_head"):
+        modeling_coe.CoEForCausalLM.from_pretrained(tmp_path)
+    assert modeling_coe.CoEForSequenceClassification.from_pretrained(tmp_path).score.weight.shape == (2, 48)
+    model.model.save_pretrained(tmp_path / "base")
+    assert modeling_coe.CoEForCausalLM.from_pretrained(tmp_path / "base").lm_head.weight.shape == (99, 48)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, build
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_coe import CoEConfig, CoEForCausalLM, configuration_coe
@@ -115,11 +115,56 @@ PLAUSIBLE = (
 
 def test_what_was_saved_loads_again_and_copies_itself(tmp_path):
     config = CoEConfig(**SMALL)
+    refused = set()
     for key in PLAUSIBLE:
-        setattr(config, key, 5)
+        try:
+            setattr(config, key, 5)
+        except ValueError as error:
+            assert f"unknown key `{key}=5`; did you mean" in str(error)
+            refused.add(key)
+    assert {"num_iteration", "hidden_sizes", "hidden_activation"} <= refused < set(PLAUSIBLE)
     config.save_pretrained(tmp_path)
     for loaded in (CoEConfig.from_pretrained(tmp_path), CoEConfig(**config.to_dict())):
-        assert [getattr(loaded, key) for key in PLAUSIBLE] == [5] * len(PLAUSIBLE)
+        assert {getattr(loaded, key) for key in set(PLAUSIBLE) - refused} == {5}
+    stored = json.loads((tmp_path / "config.json").read_text()) | dict.fromkeys(PLAUSIBLE, 5)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    CoEConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert CoEConfig.from_pretrained(tmp_path / "again").eot_token_id == 5
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_misspelt_keys_are_refused_as_attributes_and_beside_a_path(key, tmp_path):
+    build().save_pretrained(tmp_path)
+    message = f"unknown key `{key}=2`; did you mean `{MISSPELT[key]}`"
+    with pytest.raises(ValueError, match=message):
+        setattr(CoEConfig(**SMALL), key, 2)
+    for load in (AutoConfig.from_pretrained, CoEConfig.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, **{key: 2})
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rope_scaling"])
+def test_what_a_configuration_reads_once_is_refused_later(key):
+    assert CoEConfig(**SMALL, rope_theta=5e4).rope_parameters["rope_theta"] == 5e4
+    with pytest.raises(ValueError, match=f"`{key}=10000.0` has no effect .* change `rope_parameters`"):
+        setattr(CoEConfig(**SMALL), key, 1e4)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("eos_token_id", 99), ("eos_token_id", [2, -1]), ("bos_token_id", 120), ("num_labels", "3")]
+)
+def test_impossible_tokens_and_labels_are_refused_where_they_are_typed(field, value, tmp_path):
+    with pytest.raises(ValueError, match=f"`{field}="):
+        CoEConfig(**{**SMALL, field: value})
+    config = CoEConfig(**SMALL)
+    config.save_pretrained(tmp_path)
+    if field == "num_labels":
+        with pytest.raises(ValueError, match="`num_labels='3'` must be a positive integer"):
+            AutoConfig.from_pretrained(tmp_path, num_labels="3")
+    else:
+        stored = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        assert getattr(CoEConfig.from_pretrained(tmp_path), field) == value
 
 
 def test_tokens_of_their_own_are_no_misspelling(monkeypatch):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -226,20 +227,24 @@ def main(arguments: list[str] | None = None):
     transformers.logging.disable_progress_bar()
     sizes = TINY if options.tiny else PAPER
     with tempfile.TemporaryDirectory() as folder:
-        files = write_models(Path(folder), sizes)
+        folder = Path(folder)
         results = {
             "machine": environment(torch.device("cpu")) | {"threads": options.threads, "clock": "CPU time"},
             "sizes": sizes,
-            "files": files,
-            "resident memory": resident_memory(Path(folder)),
-            "decoding": decoding(Path(folder), options.rounds),
-            "adapters": adapters(Path(folder)),
-            "offloading": offloading(Path(folder)),
+            "files": write_models(folder, sizes),
         }
-    if options.output:
-        # What other scripts measured stays.
-        before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-        write_json(options.output, before | results)
+        sections = {
+            "resident memory": partial(resident_memory, folder),
+            "adapters": partial(adapters, folder),
+            "offloading": partial(offloading, folder),
+            "decoding": partial(decoding, folder, options.rounds),
+        }
+        for name, measure in sections.items():
+            results[name] = measure()
+            if options.output:
+                # What other scripts measured stays.
+                before = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+                write_json(options.output, before | results)
 
 
 if __name__ == "__main__":
