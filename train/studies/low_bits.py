@@ -96,7 +96,7 @@ with tempfile.TemporaryDirectory() as folder:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         sys.argv[1], dtype="bfloat16", experts_implementation="coe", device_map="auto", **options
     )
-    places = list(model.hf_device_map.values())
+    places = list(getattr(model, "hf_device_map", {"": "cpu"}).values())
     tokens = torch.randint(3, model.config.vocab_size, (1, 16))
     model.generate(tokens, max_new_tokens=2, do_sample=False)
     start = time.perf_counter()
