@@ -302,6 +302,14 @@ SECRETS = {
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
     "address with a password": "postgres://me:hunter2@database/runs",
     "tracker": "WANDB_API_KEY=" + "0123456789abcdef" * 2,
+    "npm": "npm_" + "a1B2" * 9,
+    "Replicate": "r8_" + "a1B2c3D4e5" * 3 + "abcdefg",
+    "cloud, lower case": "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLE",
+    "session": "aws_session_token=IQoJb3JpZ2luX2VjE" + "a1B2" * 10,
+    "old OpenAI": "sk-" + "a1B2" * 12,
+    "DigitalOcean": "dop_v1_" + "a1" * 32,
+    "Groq": "gsk_" + "a1B2" * 13,
+    "xAI": "xai-" + "a1B2" * 20,
 }
 
 

@@ -16,8 +16,11 @@ NEWER_SECRETS = {
     "Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
     "GitHub token": r"\bgithub_pat_\w{22,}",
     "Google key": r"\bAIza[\w-]{35}",
-    "key of Anthropic, OpenAI or OpenRouter": r"\bsk-(?:ant|proj|svcacct|or)-[\w-]{20,}",
+    "key of Anthropic, OpenAI or OpenRouter": r"\bsk-(?:(?:ant|proj|svcacct|or)-[\w-]{20,}|[A-Za-z0-9]{40,})",
+    "token of npm, Replicate, DigitalOcean, Groq or xAI": r"\b(?:npm_|r8_|do[opr]_v1_|gsk_|xai-)[A-Za-z0-9]{32,}",
     "variable of an environment": r"\b[A-Z][A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)\s*[=:]\s*[\"']?[\w/+.-]{16,}",
+    "named secret": r"(?i)(?:secret|(?:api|access|private)_?key|(?:auth|access|session|refresh)_?token|password)\w*"
+    r"[\"']?\s*[=:]\s*[\"']?[\w/+.=-]{16,}",
 }
 
 
