@@ -436,14 +436,12 @@ class _Deserialize(ConversionOps):
 
 
 def _let_go_of_the_file(model: nn.Module):
-    """Copies what still lies in the mapped file, or its pages of the weights that were packed anew stay resident."""
-    parameters = list(model.parameters())
-    if any(isinstance(weight, QuantizedWeight) and weight.packed for weight in parameters):
-        for tensor in (*parameters, *model.buffers()):
-            if not isinstance(tensor, QuantizedWeight):
-                tensor.data = tensor.data.clone()
-            elif not tensor.packed:
-                tensor.values, tensor.scale = tensor.values.clone(), tensor.scale.clone()
+    """Copies what still lies in the mapped file, or its pages of the weights that were laid out anew stay resident."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, QuantizedWeight):
+            tensor.data = tensor.data.clone()
+        elif not tensor.packed:
+            tensor.values, tensor.scale = tensor.values.clone(), tensor.scale.clone()
 
 
 def quantized_share(model: nn.Module) -> dict[tuple[str, int], float]:
