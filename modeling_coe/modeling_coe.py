@@ -557,6 +557,12 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        for name, bits in {"load_in_4bit": 4, "load_in_8bit": 8}.items():
+            if kwargs.pop(name, False):
+                raise ValueError(
+                    f"`{name}=True` is no argument of `from_pretrained`: pass "
+                    f"`quantization_config=QuantizedExpertsConfig(bits={bits})`, which reaches the experts."
+                )
         try:
             model, loading_info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -705,11 +711,12 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     def _warn_of_unbalanced_routers(self, where: str):
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if trains and self.config.router_aux_loss_coef > 0:
+        if trains and self.config.router_aux_loss_coef > 0 and not self.config.router_bias:
             logger.warning_once(
                 f"CoE: {where} has no load-balancing loss, whatever `router_aux_loss_coef="
                 f"{self.config.router_aux_loss_coef}` says. To balance the routers, pass `labels` to the causal "
-                "language model, or add the `aux_loss` that it returns with `output_router_logits=True`."
+                "language model, add the `aux_loss` that it returns with `output_router_logits=True`, or train with "
+                "`router_bias=True` and `modeling_coe.balancing`, which needs no loss."
             )
 
     def _grouped_mm_can_dispatch(self) -> bool:

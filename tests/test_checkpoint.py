@@ -357,6 +357,14 @@ def test_vocabulary_and_padding_of_a_saved_model_are_those_of_its_embedding(tmp_
     assert modeling_coe.CoEForCausalLM.from_pretrained(tmp_path).config.vocab_size == 120
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_old_way_to_ask_for_few_bits_names_the_new_one(bits, tmp_path):
+    build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"quantization_config=QuantizedExpertsConfig\(bits={bits}\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{f"load_in_{bits}bit": True})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, **{f"load_in_{bits}bit": False}).num_parameters() > 0
+
+
 @pytest.mark.parametrize("architectures", [None, [], ["SomethingForCausalLM"]])
 def test_a_language_model_s_head_is_not_made_up_where_a_checkpoint_does_not_say_what_it_is(architectures, tmp_path):
     model = build()

@@ -75,6 +75,15 @@ class ModelArguments:
         return {name: value for name, value in options.items() if value is not None}
 
 
+@dataclass
+class CheckpointArguments(ModelArguments):
+    """Which trained model, and how it is loaded."""
+
+    model: str = field(default="runs/smoke", metadata={"help": "A checkpoint or adapter: a folder or a Hub id."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Another tokenizer than the checkpoint's."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: `float32` or `bfloat16`."})
+
+
 def read_config(model: str) -> CoEConfig:
     """The configuration of a preset, a checkpoint or a model on the Hub.
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.train.arguments import (
+    CheckpointArguments,
     DataArguments,
-    ModelArguments,
     command_line,
     parse,
     require_least,
@@ -53,7 +53,7 @@ class EvaluationArguments:
         require_least(self, {"batch_size": 1, "task_limit": 1, "seed": 0})
 
 
-def load(arguments: ModelArguments) -> PreTrainedModel:
+def load(arguments: CheckpointArguments) -> PreTrainedModel:
     """The model in evaluation mode; an adapter is merged into its base model."""
     if (Path(arguments.model) / "adapter_config.json").is_file():
         model = AutoPeftModelForCausalLM.from_pretrained(
@@ -92,7 +92,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argume
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, evaluation = parse(
-        ModelArguments, DataArguments, EvaluationArguments, arguments=arguments, description=__doc__
+        CheckpointArguments, DataArguments, EvaluationArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
     require_weights(model_arguments.model)
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None):
         evaluate(model_arguments, data, evaluation, output)
 
 
-def evaluate(model_arguments: ModelArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
+def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
     """Score the model and write what came out to `output`."""
     model = load(model_arguments)
     turn_dial(model, evaluation.expert_budget)

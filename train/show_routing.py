@@ -20,8 +20,8 @@ import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.folders import facts_of
 from modeling_coe.routing import Routing, plot_cost, plot_routing, plot_transitions, record_routing
 from modeling_coe.train.arguments import (
+    CheckpointArguments,
     DataArguments,
-    ModelArguments,
     command_line,
     parse,
     read_config,
@@ -117,7 +117,7 @@ def cost_table(summary: dict) -> str:
 @command_line
 def main(arguments: list[str] | None = None):
     model_arguments, data, options = parse(
-        ModelArguments, DataArguments, RoutingArguments, arguments=arguments, description=__doc__
+        CheckpointArguments, DataArguments, RoutingArguments, arguments=arguments, description=__doc__
     )
     keep_output_short()
     require_weights(model_arguments.model)
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None):
         show(model_arguments, data, options, output)
 
 
-def show(model_arguments: ModelArguments, data: DataArguments, options: RoutingArguments, output: Path):
+def show(model_arguments: CheckpointArguments, data: DataArguments, options: RoutingArguments, output: Path):
     """Read the documents and write the numbers and the pictures to `output`."""
     model = AutoModelForCausalLM.from_pretrained(model_arguments.model, **model_arguments.load_options()).eval()
     documents = load_documents(data, options.seed)["validation"]

@@ -4,6 +4,7 @@
 
     python train/studies/pool_memory.py --shape small
     python train/studies/pool_memory.py --shape paper
+    python train/studies/pool_memory.py --shape gsm8k    # the models of configuration/studies/pools.yaml
 
 bf16 weights, gradients and AdamW states, one sequence of 512 tokens, a second micro-batch of a step (the gradients of
 the first are there). `lean` is gradient checkpointing, no full logits, and AdamW states of 8 bits. Times are those of
@@ -28,9 +29,16 @@ CPU = torch.device("cpu")
 LENGTH = 512
 SHAPES = {
     "paper": {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 704, "num_attention_heads": 8},
+    "gsm8k": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 2},
     "small": {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 176, "num_attention_heads": 4},
 }
 CHAIN = {"num_iterations": 2, "num_experts_per_tok": 4, "num_local_experts": 64}
+OF_GSM8K = {
+    "Mixtral MoE(8/32)": {"num_iterations": 1, "num_experts_per_tok": 8, "num_local_experts": 32},
+    "CoE-2(4/32)": CHAIN | {"num_local_experts": 32},
+    "CoE-2(4/128), one pool of all": CHAIN | {"num_local_experts": 128, "layers_per_pool": 4},
+    "CoE-2(4/32), one pool of a quarter": CHAIN | {"num_local_experts": 32, "layers_per_pool": 4},
+}
 MODELS = {
     "Mixtral MoE(8/64)": {"num_iterations": 1, "num_experts_per_tok": 8, "num_local_experts": 64},
     "CoE-2(4/64)": CHAIN,
@@ -105,7 +113,10 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, help="default: model_cards/studies/pool_memory_<shape>.json")
     options = parser.parse_args(arguments)
     shape = {"num_hidden_layers": 4, **SHAPES[options.shape]}
-    configs = {name: CoEConfig(**shape, **fields) for name, fields in MODELS.items()}
+    configs = {
+        name: CoEConfig(**shape, **fields)
+        for name, fields in (OF_GSM8K if options.shape == "gsm8k" else MODELS).items()
+    }
     output = options.output or Path("model_cards/studies") / f"pool_memory_{options.shape}.json"
     command = f"python train/studies/pool_memory.py --shape {options.shape} --repeats {options.repeats}"
     rows = {}

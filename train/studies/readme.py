@@ -105,6 +105,36 @@ def use() -> str:
     )
 
 
+def pools() -> str:
+    """Loss, memory and speed of one training run on GSM8K with and without shared pools."""
+    losses, costs = result("pools_tiny")["rows"], result("pool_memory_gsm8k")["rows"]
+    rows = [("trained on GSM8K", "parameters", "validation loss", "peak of a step", "speed of a step")]
+    for name, cost in costs.items():
+        loss = losses[name]
+        rows.append(
+            (
+                name,
+                f"{cost['parameters'] / 1e6:.1f} M",
+                f"{loss['mean_validation_loss']:.3f} ± {loss['standard_deviation']:.3f}",
+                f"{cost['plain']['of_mixtrals_peak']:.2f}x",
+                f"{cost['speed']:.2f}x",
+            )
+        )
+    return table(*rows)
+
+
+def low_bits() -> str:
+    """What few bits save and how fast they decode, of a chain of the paper's shape."""
+    measured, chain = result("low_bits"), "CoE-2(4/64)"
+    rows = [("paper's shape, 636 M parameters", "file", "resident", "decoding one sequence", "eight sequences")]
+    names = ("experts int8", "all int8", "experts int4", "experts int4, groups of 64, rest int8")
+    for name in names:
+        sizes = (measured[section][chain][name]["of bf16"] for section in ("files", "resident memory"))
+        speeds = (measured["decoding"][f"batch {n}"][chain][name]["ratio to bf16"][0] for n in (1, 8))
+        rows.append((name, *(f"{value:.2f}x" for value in (*sizes, *speeds))))
+    return table(*rows)
+
+
 def difference(name: str, row: str, than: str) -> float:
     """How far `row` ends above `than`, in nats."""
     return next(one["difference"] for one in result(name)["claims"] if (one["row"], one["than"]) == (row, than))
@@ -136,7 +166,7 @@ def shown_by(name: str | None) -> str:
     return f"[{path.removeprefix('tests/')}]({path})" if path.startswith("tests/") else f"`{name}`"
 
 
-TABLES = {"compatibility": compatibility, "speed": speed, "use": use}
+TABLES = {"compatibility": compatibility, "low_bits": low_bits, "pools": pools, "speed": speed, "use": use}
 
 
 if __name__ == "__main__":
