@@ -30,6 +30,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from modeling_coe import (
     CoEConfig,
+    CoEForCausalLM,
     QuantizedExpertsConfig,
     lora_config,
     quantization,
@@ -45,6 +46,7 @@ from modeling_coe.budget import (
 )
 from modeling_coe.quantization import QuantizedWeight
 from modeling_coe.train import plan
+from modeling_coe.train.studies import low_bits
 
 
 def visit(experts, num_tokens, seed=1):
@@ -401,3 +403,46 @@ for offset in (1, 8, 40):
     assert torch.equal(F.linear(rows, odd), expected)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_shared_pool_is_quantised_stored_and_loaded_once(bits, tmp_path):
+    model = build(num_hidden_layers=4, layers_per_pool=2, intermediate_size=32, hidden_size=64, num_attention_heads=4,
+                  num_key_value_heads=2)  # fmt: skip
+    model.save_pretrained(tmp_path / "full")
+    config = QuantizedExpertsConfig(bits=bits)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=config)
+    names = {name for name, weight in model.named_parameters() if isinstance(weight, quantization.QuantizedWeight)}
+    owners = {
+        f"model.layers.{layer}.mlp.experts.{weight}" for layer in (0, 2) for weight in ("gate_up_proj", "down_proj")
+    }
+    assert names == owners
+    model.save_pretrained(tmp_path / "quantised")
+    stored = load_file(tmp_path / "quantised" / "model.safetensors")
+    assert {name for name in stored if ".experts." in name} == owners | {f"{name}_scale" for name in owners}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")
+    ids = tokens(2, 9)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    error = (loaded(ids).logits - AutoModelForCausalLM.from_pretrained(tmp_path / "full")(ids).logits).abs().max()
+    assert 0 < error < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [None, {"bits": 8}, {"bits": 4}, {"bits": 4, "rest_bits": 8}])
+def test_the_plan_of_serving_is_the_resident_memory_within_a_tenth(options, tmp_path):
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 704, "num_hidden_layers": 4,
+             "num_attention_heads": 8, "num_local_experts": 64, "num_experts_per_tok": 4}  # fmt: skip
+    model = CoEForCausalLM(CoEConfig(**sizes)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "full")
+    folder = tmp_path / "full"
+    if options is not None:
+        folder = tmp_path / "quantised"
+        quantised = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "full", dtype=torch.bfloat16, quantization_config=QuantizedExpertsConfig(**options)
+        )
+        quantised.save_pretrained(folder)
+    options = options or {}
+    setup = ServingSetup(expert_bits=options.get("bits"), rest_bits=options.get("rest_bits"))
+    predicted = sum(weight_bytes(model.config, setup).values())
+    resident = int(low_bits.run_apart(low_bits.LOAD, folder)[-1])
+    assert resident == pytest.approx(predicted, rel=0.1)

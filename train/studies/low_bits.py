@@ -51,10 +51,20 @@ VARIANTS = {
     "experts int4, groups of 64, rest int8": {"bits": 4, "group_size": 64, "rest_bits": 8},
 }
 STEPS = {1: 8, 8: 4, 16: 2}
-# In a process of its own: what a model adds to the resident memory of Python, torch and transformers. Each weight is
-# read once, for those that transformers maps from the file are not resident before.
+# In a process of its own: what a model adds to the resident memory of Python, torch and transformers, whose modules a
+# small model has loaded before. Each weight is read once, for those that transformers maps from the file are not
+# resident before.
 LOAD = """
-import sys, torch, transformers, modeling_coe
+import sys, tempfile, torch, transformers, modeling_coe
+small = modeling_coe.CoEForCausalLM(modeling_coe.CoEConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=4,
+    num_attention_heads=4
+))
+with tempfile.TemporaryDirectory() as folder:
+    small.save_pretrained(folder)
+    quantised = modeling_coe.QuantizedExpertsConfig(bits=4, rest_bits=8)
+    transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised)
+del small
 def resident():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return 1024 * int(fields["VmRSS"].split()[0])
