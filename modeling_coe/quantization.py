@@ -58,6 +58,7 @@ class QuantizedWeight(torch.Tensor):
     def __init__(self, values, scale, shape, bits, packed=False, update=None):
         self.values, self.scale = values, scale
         self.bits, self.packed, self.update = bits, packed, update
+        self.slices = {}  # kept, for to make one takes half as long as its product with one row
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, bits: int, group_size: int) -> "QuantizedWeight":
@@ -242,11 +243,16 @@ def _embedding(ids: torch.Tensor, weight: QuantizedWeight, *args, **kwargs) -> t
 
 
 def _select(weight: QuantizedWeight, expert: int) -> QuantizedWeight:
+    if expert in weight.slices:
+        return weight.slices[expert]
     update = weight.update
     if update is not None:
         update = update[0][expert], update[1][expert], update[2]
     values, scale = weight.values[expert], weight.scale[expert]
-    return QuantizedWeight(values, scale, weight.shape[1:], weight.bits, weight.packed, update)
+    matrix = QuantizedWeight(values, scale, weight.shape[1:], weight.bits, weight.packed, update)
+    if update is None:
+        weight.slices[expert] = matrix
+    return matrix
 
 
 def _baddbmm(weight: QuantizedWeight, B: torch.Tensor, A: torch.Tensor, *, alpha: float = 1) -> QuantizedWeight:

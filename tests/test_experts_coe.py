@@ -84,7 +84,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, to
 
 @pytest.fixture
 def row_by_row(monkeypatch):
-    """The numbers of tokens that went through matrix-vector products."""
+    """The numbers of tokens that were computed one expert at a time."""
     taken = []
     function = experts_coe._expert_by_expert
     monkeypatch.setattr(experts_coe, "_expert_by_expert", lambda *args: taken.append(len(args[1])) or function(*args))
