@@ -446,3 +446,24 @@ def test_the_plan_of_serving_is_the_resident_memory_within_a_tenth(options, tmp_
     predicted = sum(weight_bytes(model.config, setup).values())
     resident = int(low_bits.run_apart(low_bits.LOAD, folder)[-1])
     assert resident == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_slices_are_made_of_the_experts_that_were_hit_and_follow_their_weights(bits, folder):
+    """Index N, no expert, is not computed; a merge in place reaches the slices that are kept."""
+    experts = load(folder / "CoE", bits).model.layers[0].mlp.experts
+    absent = experts.num_experts
+    hidden_states, weights = torch.randn(2, 64), torch.tensor([[0.6, 0.4], [1.0, 0.0]])
+    index = torch.tensor([[3, 1], [3, absent]])
+    with torch.inference_mode():
+        before = experts(hidden_states, index, weights)
+        assert set(experts.gate_up_proj.slices) == set(experts.down_proj.slices) == {1, 3}
+        assert not experts(hidden_states, torch.full_like(index, absent), weights).any()
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        weight.data.add_(torch.randn(weight.shape))
+    with torch.no_grad():
+        after = experts(hidden_states, index, weights)
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            weight.slices.clear()
+        assert torch.equal(experts(hidden_states, index, weights), after)
+    assert not torch.equal(before, after)
