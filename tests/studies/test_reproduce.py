@@ -159,6 +159,41 @@ def test_a_table_really_trains(tmp_path, monkeypatch):
     assert len(set(losses)) == 4 and all(5 < loss < 9 for loss in losses)
 
 
+DIAL = """
+question: What does a budget cost?
+rows:
+  K=2: {num_iterations: 2, num_experts_per_tok: 2, num_local_experts: 8}
+  dial, as trained: &dial
+    {num_iterations: 2, num_experts_per_tok: 4, num_local_experts: 8, num_null_experts: 4, router_bias: true,
+     expert_budget: 2, recipe: {router_bias_rate: 0.01}}
+  dial at 1: {<<: *dial, budget: 1}
+  dial at 4: {<<: *dial, budget: 4}
+claims:
+  - {claim: one is as good as four, row: dial at 1, than: dial at 4, as_good: true}
+"""
+
+
+@pytest.mark.slow
+def test_a_budget_scores_the_run_of_its_row_and_trains_none_of_its_own(tmp_path, monkeypatch):
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    sizes = {"max_steps": 3, "warmup_steps": 1, "logging_steps": 3, "eval_steps": 3, "train_problems": 60,
+             "validation_problems": 12, "scored_problems": 0, "sequence_length": 160,
+             "model": "configuration/models/coe_demo.json"}  # fmt: skip
+    small = reproduce.Scale(scale.recipe | sizes, learning_rates=[3e-3], seeds=[0, 1])
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: small)
+    rows = run_table(tmp_path, DIAL, "--jobs", "2")["rows"]
+    assert len(list((tmp_path / "runs" / "cpu").glob("*/facts.json"))) == 4  # two rows, two seeds
+    for run, trained in zip(rows["dial at 4"]["runs"], rows["dial, as trained"]["runs"], strict=True):
+        assert run["experts_per_token"] == 4 and run["experts_by_loss"] == [4, 4, 4, 4]
+        assert run["validation_loss"] != trained["validation_loss"]
+    for run in rows["dial at 1"]["runs"]:
+        assert run["experts_per_token"] == pytest.approx(1, abs=0.3)
+    assert (
+        rows["dial at 1"]["flops_ratio"] < rows["dial, as trained"]["flops_ratio"] < rows["dial at 4"]["flops_ratio"]
+    )
+    assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_table_can_be_built_and_compares_equal_compute_where_it_says_so(path, scale):
