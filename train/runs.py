@@ -265,7 +265,7 @@ def read_json(path: Path):
 
 def write_json(path: Path, content):
     """Write JSON, short lists and objects on one line; a reader sees the old file or the new one, never half of it."""
-    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", _one_line, json.dumps(content, indent=2))
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", _one_line, json.dumps(content, indent=1))
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text + "\n")
     flush(temporary)
@@ -274,7 +274,8 @@ def write_json(path: Path, content):
 
 def _one_line(innermost: re.Match) -> str:
     line = re.sub(r"\n *", " ", innermost[0])
-    return line if len(line) < 200 else innermost[0]
+    line = line[0] + line[1:-1].strip() + line[-1]
+    return line if len(line) < 500 else innermost[0]
 
 
 def flush(path: Path):

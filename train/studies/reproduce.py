@@ -303,7 +303,8 @@ def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: Thre
             "mean_validation_loss": round(statistics.mean(losses), 4),
             "standard_deviation": round(statistics.stdev(losses), 4),
             "runs": [
-                {fact: run[fact] for fact in facts} | {fact: run[fact] for fact in more if run.get(fact)}
+                {fact: run[fact] for fact in facts if fact in run}
+                | {fact: run[fact] for fact in more if run.get(fact)}
                 for run in runs
             ],
         }
@@ -319,7 +320,8 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
     run = read_run(folder, rate, seed)
     if variant.budget is None or run["diverged"]:
         return run
-    return run | score(variant, seed, folder) | {"routing_health": None}
+    kept = ("seed", "learning_rate", "diverged", "share_solved", "commit")
+    return {fact: run[fact] for fact in kept} | score(variant, seed, folder)
 
 
 def train(variant: Variant, rate: float, seed: int, folder: Path):
