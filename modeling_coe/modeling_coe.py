@@ -331,7 +331,8 @@ class CoERotaryEmbedding(nn.Module):
     def __init__(self, config: CoEConfig):
         super().__init__()
         self.original_max_seq_len = config.max_position_embeddings
-        self.config = config
+        # Computed anew whenever the model moves, and from what it was built from.
+        self.config = deepcopy(config)
         self.rope_type = config.rope_parameters["rope_type"]
         self.inv_freq = nn.Buffer(torch.empty(0), persistent=False)
         self.original_inv_freq = nn.Buffer(torch.empty(0), persistent=False)

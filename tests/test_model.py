@@ -504,6 +504,13 @@ def test_no_cast_and_no_empty_memory_spoils_the_rotation(rope):
         assert torch.equal(got[0], cosine) and torch.equal(got[1], sine), name
 
 
+def test_a_rotation_stays_what_the_model_was_built_from():
+    model, ids = build(), tokens(1, 40)
+    expected = model(ids).logits
+    model.config.rope_parameters["rope_theta"] = 5.0
+    torch.testing.assert_close(model.to(torch.float64).to(torch.float32)(ids).logits, expected)
+
+
 def test_the_second_output_of_training_is_the_logits_unless_router_logits_were_asked_for():
     model, input_ids = build().train(), tokens(2, 9)
     outputs = model(input_ids, labels=input_ids)
