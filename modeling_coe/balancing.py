@@ -17,6 +17,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from numbers import Real
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ from .modeling_coe import BUDGET_STEPS, CoETopKRouter, routed_tokens
 
 
 BIAS = "e_score_correction_bias"
+# The routers that a `RouterBalance` moves.
+_BALANCED = WeakSet()
 # The inputs of a model that tell its padding.
 COUNTED_BY = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -57,6 +61,12 @@ class RouterBalance:
                 f"{type(model).__name__} has no `{BIAS}` that could balance its experts. A CoE has one in each router "
                 "with `router_bias=True` in its configuration."
             )
+        if any(module in _BALANCED for module in self.routers.values()):
+            raise ValueError(
+                f"{type(model).__name__} is balanced already, and two would move its biases twice as far; call "
+                "`remove()` of the first."
+            )
+        _BALANCED.update(self.routers.values())
         self.counts = {
             name: torch.zeros_like(_rows(module), dtype=torch.long) for name, module in self.routers.items()
         }
@@ -74,7 +84,13 @@ class RouterBalance:
 
     @torch.no_grad()
     def step(self):
-        """Moves the biases by what was counted since the last step, and counts anew."""
+        """Moves the biases by what was counted since the last step, and counts anew.
+
+        Raises:
+            ValueError: `config.expert_budget` has become one that the null experts do not allow.
+        """
+        if getattr(self.config, "num_null_experts", 0) > 0:
+            self.config.check_expert_budget(self.config.expert_budget)
         if dist.is_available() and dist.is_initialized():
             for counts in self.counts.values():
                 dist.all_reduce(counts)
@@ -92,6 +108,7 @@ class RouterBalance:
 
     def remove(self):
         """Stops counting."""
+        _BALANCED.difference_update(self.routers.values())
         for hook in self.hooks:
             hook.remove()
 
@@ -209,8 +226,9 @@ def _null_margins(gate: CoETopKRouter, logits: torch.Tensor, router: int) -> tor
 
 
 def _positive(rate: float) -> float:
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"`rate={rate}` must be a positive number; DeepSeek-V3 was trained with 1e-3.")
+    is_number = isinstance(rate, Real) and not isinstance(rate, bool)
+    if not (is_number and math.isfinite(rate) and rate > 0):
+        raise ValueError(f"`rate={rate!r}` must be a positive number; DeepSeek-V3 was trained with 1e-3.")
     return rate
 
 

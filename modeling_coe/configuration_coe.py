@@ -151,10 +151,7 @@ class CoEConfig(PreTrainedConfig):
             del kwargs[key]
         self._check_num_labels(kwargs.get("num_labels"))
         self._set_num_local_experts(kwargs)
-        if self.num_null_experts > 0 and self.expert_budget is None:
-            outputs = self.num_local_experts + self.num_null_experts
-            proportional = self.num_experts_per_tok * self.num_local_experts / outputs
-            self.expert_budget = max(proportional, self.smallest_expert_budget)
+        self._set_expert_budget()
         self.auto_map = dict(AUTO_MAP)
         self._check_dtype()
         super().__post_init__(**kwargs)
@@ -183,7 +180,9 @@ class CoEConfig(PreTrainedConfig):
         cls._report_misspelt(kwargs, refuse=True)
         cls._check_num_labels(kwargs.get("num_labels"))
         loaded = super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._set_expert_budget()
+        config.check()
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -303,6 +302,12 @@ class CoEConfig(PreTrainedConfig):
     def smallest_expert_budget(self) -> int:
         """Experts per token and iteration that are left where a token chooses every null expert it can."""
         return max(0, self.num_experts_per_tok - self.num_null_experts)
+
+    def _set_expert_budget(self):
+        if self.num_null_experts > 0 and self.expert_budget is None:
+            outputs = self.num_local_experts + self.num_null_experts
+            proportional = self.num_experts_per_tok * self.num_local_experts / outputs
+            self.expert_budget = max(proportional, self.smallest_expert_budget)
 
     def check_expert_budget(self, expert_budget: float | None):
         """Raises a ValueError for a mean number of experts per token that the null experts do not allow."""

@@ -87,6 +87,8 @@ class Routing:
         the mean loss of each group, `[groups]`, and the mean number of experts that its tokens compute,
         `[L, C, groups]`.
         """
+        if self.loss is None:
+            raise ValueError("This record has no losses: `record_routing` a causal language model, not its base.")
         known = ~self.loss.isnan()
         order = self.loss[known].argsort()
         parts = order.tensor_split(groups)
@@ -112,7 +114,8 @@ class Routing:
             return torch.special.entr(shares).sum(dim=-1)
 
         by_kind, by_expert = entropy(joint.sum(dim=-1)), entropy(joint.sum(dim=-2))
-        return (by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind
+        # Where all tokens are of one kind, no expert can tell it.
+        return ((by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind).nan_to_num(0.0)
 
 
 @torch.no_grad()

@@ -170,6 +170,19 @@ def test_biases_that_cannot_be_moved_are_refused_by_name():
         with pytest.raises(ValueError, match=f"`rate={rate}` must be a positive number"):
             RouterBiasCallback(rate)
 
+    for rate in (True, "0.1"):
+        with pytest.raises(ValueError, match=f"`rate={rate!r}` must be a positive number"):
+            RouterBalance(build(**BIASED), rate)
+    model = build(**BIASED, num_null_experts=2).train()
+    balance = RouterBalance(model)
+    with pytest.raises(ValueError, match="CoEForCausalLM is balanced already"):
+        RouterBalance(model)
+    model.config.expert_budget = 5.0
+    with pytest.raises(ValueError, match=r"`expert_budget=5\.0` must be a number in"):
+        balance.step()
+    balance.remove()
+    RouterBalance(model).remove()
+
     class Router(nn.Module):
         def __init__(self):
             super().__init__()

@@ -306,6 +306,12 @@ def test_quantised_experts_have_the_same_dial(tmp_path):
         assert abs(counts.mean() - experts_per_token(model, ids, expert_budget=budget).float().mean()) < 0.2
 
 
+def test_null_experts_given_beside_a_path_get_their_budget(tmp_path):
+    CoEConfig(num_local_experts=6, num_experts_per_tok=3).save_pretrained(tmp_path)
+    config = CoEConfig.from_pretrained(tmp_path, num_null_experts=3, router_bias=True)
+    assert config.expert_budget == 2
+
+
 def test_training_holds_the_budget():
     model = build(**NULL, expert_budget=0.75).train()
     balance = RouterBalance(model, rate=0.05)

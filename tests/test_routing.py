@@ -167,6 +167,13 @@ def test_null_experts_are_no_visits_and_a_token_s_cost_is_counted_by_kind_and_by
     assert experts[0, 2, 4].item() == pytest.approx(counts[0, 2, hardest].mean().item())
 
 
+def test_a_record_without_losses_or_with_one_kind_of_token_says_so():
+    routing = record_routing(build(), tokens(1, 6))
+    assert routing.specialisation(torch.zeros(6, dtype=torch.long)).eq(0).all()
+    with pytest.raises(ValueError, match="This record has no losses"):
+        Routing(routing.experts, 7, routing.change).experts_by_loss()
+
+
 def test_the_cost_of_a_text_is_drawn_token_by_token(tmp_path):
     model = build(router_bias=True, num_null_experts=3)
     routing = record_routing(model, tokens(1, 6), expert_budget=2)

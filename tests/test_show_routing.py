@@ -40,6 +40,22 @@ def test_script_writes_numbers_and_pictures_of_a_checkpoint(tmp_path, iterations
     assert (tmp_path / "routing" / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("budget", [None, 2])
+def test_script_tells_what_tokens_cost_where_there_are_null_experts(tmp_path, capsys, budget):
+    build(router_bias=True, num_null_experts=3).save_pretrained(tmp_path / "model")
+    whitespace_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"question": f"w{i} w5", "answer": f"w{i + 1} w9 #"} for i in range(3, 13)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model": tmp_path / "model", "dataset": tmp_path / "data.jsonl", "validation_size": 4,
+               "output_dir": tmp_path / "routing"} | ({} if budget is None else {"expert_budget": budget})  # fmt: skip
+    show_routing.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
+    facts = json.loads((tmp_path / "routing" / "routing.json").read_text())
+    experts = sum(facts["experts_by_quarter"][0]) / 4
+    assert experts == 2 if budget == 2 else 0 < experts < 2
+    assert "quarters from the easiest" in capsys.readouterr().out
+    assert (tmp_path / "routing" / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_table_has_a_row_for_each_layer_and_iteration():
     summary = {
         "entropy_of_load": [[0.91, 0.92], [0.93, 0.94]],

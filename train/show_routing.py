@@ -28,7 +28,7 @@ from modeling_coe.train.arguments import (
     require_least,
     require_weights,
 )
-from modeling_coe.train.data import load_documents, load_tokenizer
+from modeling_coe.train.data import load_documents, load_tokenizer, turn_dial
 from modeling_coe.train.report import draw, environment, keep_output_short, save_picture
 from modeling_coe.train.runs import result_folder, write_json
 
@@ -45,6 +45,9 @@ class RoutingArguments:
 
     output_dir: str = field(default="runs/routing", metadata={"help": "Takes routing.json and the pictures."})
     documents: int = field(default=64, metadata={"help": "Validation documents to read."})
+    expert_budget: float | None = field(
+        default=None, metadata={"help": "Experts a token and iteration, on average, of a model with null experts."}
+    )
     seed: int = field(default=42, metadata={"help": "Of generated or split documents; the training run's is 42."})
 
     def __post_init__(self):
@@ -61,7 +64,7 @@ def kinds_of(input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tor
     return torch.tensor([kind_of(tokenizer.decode(token)) for token in input_ids])
 
 
-def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
+def summarise(routing: Routing, kinds: torch.Tensor, has_null_experts: bool = False) -> dict:
     """Every number by layer and iteration, `[L][C]`; `revisits` by layer and pair of iterations."""
     values = {
         "entropy_of_load": routing.entropy,
@@ -70,7 +73,7 @@ def summarise(routing: Routing, kinds: torch.Tensor) -> dict:
         "specialisation_by_kind_of_token": routing.specialisation(kinds),
         "change_of_state": routing.change,
     }
-    if routing.experts.max() == routing.num_experts:
+    if has_null_experts:
         loss, experts = routing.experts_by_loss()
         values |= {
             "experts_per_token": routing.experts_per_token.mean(dim=-1),
@@ -130,6 +133,7 @@ def main(arguments: list[str] | None = None):
 def show(model_arguments: CheckpointArguments, data: DataArguments, options: RoutingArguments, output: Path):
     """Read the documents and write the numbers and the pictures to `output`."""
     model = AutoModelForCausalLM.from_pretrained(model_arguments.model, **model_arguments.load_options()).eval()
+    turn_dial(model, options.expert_budget)
     documents = load_documents(data, options.seed)["validation"]
     documents = documents.select(range(min(options.documents, len(documents))))
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
@@ -138,7 +142,7 @@ def show(model_arguments: CheckpointArguments, data: DataArguments, options: Rou
     inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
     routing = record_routing(model, inputs.input_ids, inputs.attention_mask)
     kinds = kinds_of(inputs.input_ids[inputs.attention_mask.bool()], tokenizer)
-    summary = summarise(routing, kinds)
+    summary = summarise(routing, kinds, model.config.num_null_experts > 0)
     trained = facts_of(model_arguments.model) or {}
     facts = {
         "config": model.config.to_diff_dict(),
