@@ -171,8 +171,9 @@ class CoEConfig(PreTrainedConfig):
                 f"CoEConfig: `{key}={value!r}` has no effect on a configuration that exists; change "
                 "`rope_parameters`, or pass it when the configuration is created."
             )
+        # transformers' own code sets what other models have; another model's name for a field is only warned of.
         if not hasattr(type(self), key):
-            self._report_misspelt({key: value}, refuse=True)
+            self._report_misspelt({key: value}, refuse=key not in OTHER_NAMES)
         super().__setattr__(key, value)
 
     @classmethod

@@ -548,7 +548,6 @@ class CoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
 
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "null_bias_of_budget"]
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
@@ -752,6 +751,9 @@ class CoEModel(CoEPreTrainedModel):
         self.norm = CoERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = CoERotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        # CODEPATH: the biases and the table of budgets of models that have them move by less than bf16 tells apart
+        if config.router_bias:
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias", "null_bias_of_budget"]
         # CODEPATH: in models whose layers share a pool, Accelerate's FSDP2 has to gather the pool by itself
         if config.layers_per_pool > 1:
             if is_deepspeed_zero3_enabled():
