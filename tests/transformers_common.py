@@ -31,8 +31,8 @@ FUSED = "CoE's experts are fused on disk too: there is no conversion to test."
 EXPECTED = {
     "test_can_load_from_already_mapped_keys": FUSED,
     "test_reverse_loading_mapping": FUSED,
-    "test_model_weights_reload_no_missing_tied_weights": "The test takes every tensor out of a checkpoint and wants it "
-    "loaded; CoE refuses what its configuration announces and the file lacks, and names it (test_checkpoint.py).",
+    "test_model_weights_reload_no_missing_tied_weights": "The test takes every tensor out of a checkpoint and loads "
+    "it; CoE refuses what its configuration announces and the file lacks, and names it (test_checkpoint.py).",
     "test_moe_models_record_router_logits": "CoE's layers return the router logits; no hook has to record them. Hooks "
     "break a compiled graph and reentrant checkpointing. test_output_router_logits_from_config passes.",
 }
