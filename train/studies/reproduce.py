@@ -128,13 +128,15 @@ class MemoryClaim:
 
 @dataclass(frozen=True)
 class Table:
-    """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale."""
+    """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale. With
+    `balance` the result says how the routers of every run spread their tokens."""
 
     question: str
     rows: dict[str, dict]
     claims: list[Claim]
     memory_claims: list[MemoryClaim]
     frontier: bool = False
+    balance: bool = False
     scale: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -179,6 +181,9 @@ def main(arguments: list[str] | None = None):
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = compete(variants, scale, Path(options.runs_dir) / options.scale, pool)
+        for row in rows.values() if not table.balance else ():
+            for run in row["runs"]:
+                run.pop("routing_health", None)
         claims = [judge(claim, rows) for claim in table.claims]
         if table.frontier:
             plot_frontier(rows, output / f"{name}.png")
