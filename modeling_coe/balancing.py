@@ -66,17 +66,22 @@ class RouterBalance:
                 f"{type(model).__name__} is balanced already, and two would move its biases twice as far; call "
                 "`remove()` of the first."
             )
+        called = {
+            name: _experts_beside(model, name)
+            for name, module in self.routers.items()
+            if not isinstance(module, CoETopKRouter)
+        }
         _BALANCED.update(self.routers.values())
         self.counts = {
             name: torch.zeros_like(_rows(module), dtype=torch.long) for name, module in self.routers.items()
         }
         self.hooks = []
         for name, module in self.routers.items():
-            if isinstance(module, CoETopKRouter):
-                self.hooks.append(module.register_forward_hook(partial(self._count_chain, name)))
-            else:
+            if name in called:
                 count = partial(self._count_call, name)
-                self.hooks.append(_experts_beside(model, name).register_forward_pre_hook(count, with_kwargs=True))
+                self.hooks.append(called[name].register_forward_pre_hook(count, with_kwargs=True))
+            else:
+                self.hooks.append(module.register_forward_hook(partial(self._count_chain, name)))
         counted = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
         self.config = getattr(counted, "config", None)
         self.hooks.append(counted.register_forward_pre_hook(self._start, with_kwargs=True))

@@ -9,11 +9,14 @@
 Shape letters: L layers, C iterations, N experts, K experts per iteration, T tokens that are not padding.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from .modeling_coe import CoESparseMoeBlock, CoETopKRouter
@@ -118,6 +121,19 @@ class Routing:
         return ((by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind).nan_to_num(0.0)
 
 
+@contextmanager
+def watched_choices(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within it, what every router of a CoE chooses, `[T, K]` in the order of the calls; a null expert has index N."""
+    choices = []
+    routers = [module for module in model.modules() if isinstance(module, CoETopKRouter)]
+    hooks = [router.register_forward_hook(lambda gate, args, output: choices.append(output[2])) for router in routers]
+    try:
+        yield choices
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def record_routing(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -133,13 +149,13 @@ def record_routing(
         raise ValueError("The model is in training mode, where routers may be jittered; call `model.eval()` first.")
     config = model.config
     blocks = [module for module in model.modules() if isinstance(module, CoESparseMoeBlock)]
-    states, choices, hooks = [[] for _ in blocks], [], []
+    states, hooks = [[] for _ in blocks], []
     for block, chain in zip(blocks, states, strict=True):
         hooks += [block.gate.register_forward_pre_hook(partial(_keep_input, chain))]
-        hooks += [block.gate.register_forward_hook(partial(_keep_choice, choices))]
         hooks += [block.register_forward_hook(partial(_keep_last, chain))]
     try:
-        output = model(input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs)
+        with watched_choices(model) as choices:
+            output = model(input_ids, attention_mask=attention_mask, output_router_logits=True, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,10 +181,6 @@ def _next_token_loss(
 def _keep_input(chain: list[torch.Tensor], gate: CoETopKRouter, inputs: tuple):
     """x_{t-1}, which router t sees."""
     chain.append(inputs[0])
-
-
-def _keep_choice(choices: list[torch.Tensor], gate: CoETopKRouter, inputs: tuple, output: tuple[torch.Tensor, ...]):
-    choices.append(output[2])
 
 
 def _keep_last(chain: list[torch.Tensor], block: CoESparseMoeBlock, inputs: tuple, output: tuple[torch.Tensor, ...]):

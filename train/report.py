@@ -24,7 +24,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from modeling_coe.folders import facts_of
-from modeling_coe.modeling_coe import CoETopKRouter
+from modeling_coe.routing import watched_choices
 from modeling_coe.train.runs import write_json
 
 
@@ -129,14 +129,9 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     `experts_per_token_t`, how many experts a token computes. Where layers share pools also `dead_pool_experts`, the
     share that no token chose in any visit, and `pool_imbalance`.
     """
-    config, choices = model.config, []
-    routers = [module for module in model.modules() if isinstance(module, CoETopKRouter)]
-    hooks = [router.register_forward_hook(lambda gate, args, output: choices.append(output[2])) for router in routers]
-    try:
+    config = model.config
+    with watched_choices(model) as choices:
         logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
-    finally:
-        for hook in hooks:
-            hook.remove()
     keep = torch.ones(logits[0].shape[0], dtype=torch.bool, device=logits[0].device)
     if "attention_mask" in batch:
         keep = batch["attention_mask"].reshape(-1).bool()

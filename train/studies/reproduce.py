@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
-from modeling_coe.modeling_coe import CoETopKRouter
+from modeling_coe.routing import watched_choices
 from modeling_coe.train.arguments import DataArguments, command_line, parse
 from modeling_coe.train.checkpoints import write_json
 from modeling_coe.train.data import collate, load_documents, pack
@@ -385,17 +385,12 @@ def score(variant: Variant, seed: int, folder: Path) -> dict:
 @torch.no_grad()
 def loss_and_experts(model: CoEForCausalLM, batch: dict, budget: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every target of a batch, its loss, and the mean number of experts an iteration of the token before it."""
-    chosen, labels = [], batch["labels"]
-    hooks = [
-        module.register_forward_hook(lambda gate, args, output: chosen.append(output[2] < gate.num_experts))
-        for module in model.modules()
-        if isinstance(module, CoETopKRouter)
-    ]
+    labels = batch["labels"]
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-    logits = model(**inputs, expert_budget=budget, use_cache=False).logits
-    for hook in hooks:
-        hook.remove()
-    experts = torch.stack(chosen).sum(-1).float().mean(0).view(labels.shape)
+    with watched_choices(model) as choices:
+        logits = model(**inputs, expert_budget=budget, use_cache=False).logits
+    is_expert = torch.stack(choices) < model.config.num_local_experts
+    experts = is_expert.sum(-1).float().mean(0).view(labels.shape)
     is_target = labels[:, 1:] != -100
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], reduction="none")
     return losses[is_target], experts[:, :-1][is_target]
