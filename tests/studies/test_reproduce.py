@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import SMALL, build
+from conftest import SMALL, build, whitespace_tokenizer
 
 from modeling_coe.train import pretrain
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
@@ -206,7 +206,11 @@ def test_every_table_can_be_built_and_compares_equal_compute_where_it_says_so(pa
 @pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
 def test_a_scale_s_recipe_is_one_of_the_pretraining_script(path, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(path.read_text())["recipe"] | {"output_dir": str(tmp_path)}))
+    content = yaml.safe_load(path.read_text())["recipe"] | {"output_dir": str(tmp_path)}
+    if "tokenizer" in content:  # which train/studies/corpus.py makes
+        whitespace_tokenizer().save_pretrained(tmp_path / "tokenizer")
+        content["tokenizer"] = str(tmp_path / "tokenizer")
+    recipe.write_text(yaml.safe_dump(content))
     parse(ModelArguments, DataArguments, PretrainArguments, arguments=["--config", str(recipe), "--bf16", "false"])
 
 
