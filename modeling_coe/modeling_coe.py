@@ -111,6 +111,7 @@ class CoETopKRouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.num_experts = config.num_local_experts
         self.num_null_experts = config.num_null_experts
+        self.smallest_expert_budget = config.smallest_expert_budget
         # CODEPATH: only the paper's "shared gate" ablation routes all iterations with one router
         num_routers = config.num_iterations if config.independent_gating else 1
         num_outputs = config.num_local_experts + config.num_null_experts
@@ -164,7 +165,7 @@ class CoETopKRouter(nn.Module):
     def null_bias(self, iteration: int, expert_budget: float) -> torch.Tensor:
         """The bias, a scalar, at which a token computes `expert_budget` experts on average, as was calibrated."""
         table = self.null_bias_of_budget[iteration % self.weight.shape[0]]
-        fewest = max(0, self.top_k - self.num_null_experts)
+        fewest = self.smallest_expert_budget
         if expert_budget in (fewest, self.top_k):
             return torch.full_like(table[0], math.inf if expert_budget == fewest else -math.inf)
         position = (expert_budget - fewest) / (self.top_k - fewest) * (BUDGET_STEPS - 1)

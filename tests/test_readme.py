@@ -63,6 +63,12 @@ def test_every_table_is_what_the_committed_results_render_to():
     assert readme.render(README) == README, "run `python train/studies/readme.py`"
 
 
+def test_few_bits_change_the_loss_by_less_than_the_readme_says():
+    quality = [chain["results"].values() for chain in readme.result("low_bits")["quality"].values()]
+    assert "the loss changes by less than 0.001 nats" in README
+    assert len(quality) == 3 and all(abs(row["change"]) < 0.001 for rows in quality for row in rows)
+
+
 def test_every_program_that_works_names_a_test_or_a_target_that_exists():
     for row in readme.result("compatibility"):
         name = row["shown_by"] or ""
