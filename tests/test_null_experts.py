@@ -189,6 +189,17 @@ def test_padding_does_not_count_in_the_calibration():
     assert (tables[2] - tables[0]).abs().max() > 0.01
 
 
+def test_the_documents_of_a_packed_row_do_not_see_each_other_in_the_calibration():
+    ids = tokens(4, 32)
+    packed = {"input_ids": ids.view(2, 64), "position_ids": torch.arange(32).repeat(2)[None].expand(2, -1)}
+    tables = []
+    for batch in ({"input_ids": ids}, packed):
+        model = with_null_experts()
+        calibrate_expert_budget(model, [batch])
+        tables.append(model._routers()[1].null_bias_of_budget)
+    torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_biases_stay_in_full_precision(dtype, tmp_path):
     model = with_null_experts()
