@@ -3,8 +3,12 @@
 """Recipes and command lines: what is written is what a run gets, and what cannot be is refused with the remedy."""
 
 import json
+import re
 import sys
 import time
+import tomllib
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import whitespace_tokenizer
@@ -21,6 +25,7 @@ from modeling_coe.train.arguments import (
     ModelArguments,
     PretrainArguments,
     command_line,
+    find_configuration,
     parse,
 )
 from modeling_coe.train.upcycle import UpcycleArguments
@@ -122,6 +127,21 @@ def test_help_has_the_recipe_first_then_the_script_s_own_options_and_inherited_o
     assert "(default: None)" not in full and "--skip-logits" not in full
 
 
+COMMANDS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_about_the_installed_command_and_needs_no_checkout(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        import_module(COMMANDS[command].removesuffix(":main")).main()
+    text = capsys.readouterr().out
+    assert f"{command} " in text and not re.search(r"train/\w+\.py|model_cards/|--no_", text)
+    for name in re.findall(r"configuration/\w+/\w+[.]\w+", text):
+        assert Path(find_configuration(name)).exists(), name
+
+
 SCRIPTS = {
     pretrain: ["--use_cpu", "true"],
     finetune: ["--use_cpu", "true"],
@@ -187,7 +207,7 @@ def test_a_model_of_another_type_is_refused_before_any_work(script, is_preset, m
         monkeypatch.setattr(script, "load_documents", None)
     model = mixtral.with_name("preset.json") if is_preset else mixtral
     output = [] if script is plan else ["--output_dir", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match=rf"model={model}` is a model of the type 'mixtral'.*upcycle.py"):
+    with pytest.raises(ValueError, match=rf"model={model}` is a model of the type 'mixtral'.*coe-upcycle"):
         script.main([*SCRIPTS[script], "--model", str(model), *output])
     assert not (tmp_path / "run").exists()
 
@@ -235,7 +255,7 @@ def test_an_adapter_is_no_model_to_start_from(tmp_path):
         ("--save_only_model true", "save_only_model=True` is not supported.*Leave it out"),
         ("--ignore_data_skip true", "ignore_data_skip=True` is not supported"),
         ("--load_best_model_at_end true --save_strategy no", "load_best_model_at_end=True` is not supported"),
-        ("--push_to_hub true", "push_to_hub=True.*publish.py"),
+        ("--push_to_hub true", "push_to_hub=True.*coe-publish"),
         ("--lr_scheduler_kwargs {num_decay_steps:3}", "lr_scheduler_kwargs={num_decay_steps:3}` is no JSON"),
         ('--lr_scheduler_kwargs {"decay":3}', "lr_scheduler_kwargs=.*do not fit `lr_scheduler_type="),
         ("--lr_scheduler_kwargs 7", "lr_scheduler_kwargs=7` do not fit"),

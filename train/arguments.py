@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+import textwrap
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from copy import copy
@@ -40,11 +41,11 @@ class ModelArguments:
 
     model: str = field(
         default="configuration/models/coe_tiny.json",
-        metadata={"help": "A preset (config.json) to start from random weights, or a checkpoint folder or Hub id."},
+        metadata={"help": "A checkpoint folder or Hub id; for pretraining also a preset (.json): random weights."},
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "A tokenizer folder or Hub id. Default: a byte-level BPE trained on the training split."},
+        metadata={"help": "A tokenizer folder or Hub id. Default: the checkpoint's; a new one (BPE) for a preset."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "`sdpa` (default), `eager`, `flash_attention_2`, `flex_attention`."}
@@ -97,8 +98,8 @@ def read_config(model: str) -> CoEConfig:
     if kind != CoEConfig.model_type:
         what = f"a model of the type {kind!r}" if kind else "a configuration without `model_type`"
         raise ValueError(
-            f"`model={model}` is {what}, not a Chain-of-Experts ('{CoEConfig.model_type}'); train/upcycle.py converts "
-            "checkpoints, and configuration/models/ has presets."
+            f"`model={model}` is {what}, not a Chain-of-Experts ('{CoEConfig.model_type}'); coe-upcycle converts "
+            "checkpoints, and `coe-pretrain --help` lists presets."
         )
     return AutoConfig.from_pretrained(found)
 
@@ -268,7 +269,7 @@ REFUSED = {
     "load_best_model_at_end": "a run keeps its last model",
     "save_only_model": "a run that was killed could not continue as if nothing had happened",
     "ignore_data_skip": "a resumed run would see the first documents again",
-    "push_to_hub": "train/publish.py uploads a finished run",
+    "push_to_hub": "coe-publish uploads a finished run",
 }
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -428,7 +429,7 @@ def fit_micro_batch(
     if largest == 0:
         raise ValueError(
             f"Not one sequence of {setup.sequence_length} tokens fits {memory / 2**30:.1f} GiB; "
-            "`python train/plan.py` tells what to change."
+            "`coe-plan` tells what to change."
         )
     size = max(divisor for divisor in range(1, min(largest, rows) + 1) if rows % divisor == 0)
     fitted = copy(training)
@@ -489,7 +490,9 @@ class Parser(TrlParser):
         formatter.add_text(self.description)
         for title, names in sections.items():
             formatter.start_section(title.rstrip("."))
-            formatter.add_arguments(action for action in self._actions if action.dest in names)
+            # Without `--no_lora_experts`, which is `--lora_experts false`.
+            shown = [action for action in self._actions if action.dest in names and action.const is not False]
+            formatter.add_arguments(shown)
             formatter.end_section()
         if inherited and not self.shows_all:
             formatter.add_text(f"{len(inherited)} more options, of transformers and TRL, are listed by --help-all.")
@@ -539,6 +542,16 @@ def find_configuration(name: str) -> str:
     return str(installed) if is_ours else name
 
 
+def shipped(*folders: str) -> str:
+    """For a help text: the configurations that came with the package, by folder."""
+    root = Path(__file__).parents[1] / "configuration"
+    text = "\nThese came with the package. Such a path is found from any folder:\n"
+    for folder in folders:
+        names = " ".join(sorted(path.name for path in (root / folder).iterdir()))
+        text += f"\n    configuration/{folder}/\n" + textwrap.indent(textwrap.fill(names, 100), " " * 8)
+    return text
+
+
 def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """The plain values of a YAML file as they are written, for argparse to convert and check, and the other ones.
 
@@ -548,7 +561,9 @@ def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict
         ValueError: no such file, no YAML mapping in UTF-8, or a list, a mapping or nothing for a key of another type.
     """
     if not path.is_file():
-        raise ValueError(f"`config={path}`: no such file; name a YAML recipe, like those in configuration/.")
+        raise ValueError(
+            f"`config={path}`: no such file; name a YAML recipe, such as configuration/pretrain/smoke.yaml."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         written, values = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score a checkpoint or an adapter: validation loss, share of problems solved, and lm_eval tasks, into facts.json:
 
-    python train/eval_lm.py --model runs/finetune_lora --dataset path/or/hub-id --scored_problems 100
-    python train/eval_lm.py --model runs/smoke --tasks my_task --task_folder path/to/yaml --output_dir runs/smoke/eval
+    coe-eval --model runs/finetune_lora --dataset path/or/hub-id --scored_problems 100
+    coe-eval --model runs/smoke --tasks my_task --task_folder path/to/yaml --output_dir runs/smoke/eval
 
 The loss is per token of whole documents (`validation_loss`, as pretraining reports it) and, where there are questions,
 of the answers alone (`answer_loss`, as fine-tuning does); answers are generated greedily, in batches. Tasks need

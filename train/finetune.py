@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune a CoE checkpoint on your own questions and answers, all weights or LoRA, with TRL's SFTTrainer:
 
-    python train/finetune.py --config configuration/finetune/lora.yaml --model runs/smoke --dataset path/or/hub-id
+    coe-finetune --config configuration/finetune/lora.yaml --model runs/smoke --dataset path/or/hub-id
 
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`), `prompt` and
 `completion`, `messages`, or `text`. The loss is that of the answers. A run that was killed continues from its newest
@@ -36,6 +36,7 @@ from modeling_coe.train.arguments import (
     parse,
     read_config,
     require_weights,
+    shipped,
 )
 from modeling_coe.train.checkpoints import (
     AtomicCheckpoints,
@@ -61,7 +62,7 @@ class Finetuner(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, 
     """SFTTrainer that writes whole checkpoints, stops at a NaN, and logs how a validation batch is routed."""
 
     def create_model_card(self, *args, **kwargs):
-        """None: TRL's says that the model is a fine-tuned version of None. train/publish.py writes one."""
+        """None: TRL's says that the model is a fine-tuned version of None. coe-publish writes one."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
@@ -106,7 +107,8 @@ def load_model(
 @command_line
 def main(arguments: list[str] | None = None):
     classes = (ModelArguments, DataArguments, FinetuneArguments, LoraArguments, LayoutArguments)
-    model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments, description=__doc__)
+    description = __doc__ + shipped("finetune")
+    model_arguments, data, training, lora, layout = parse(*classes, arguments=arguments, description=description)
     keep_output_short()
     if data.split_long_documents:
         raise ValueError("`split_long_documents=true` is for pretraining; set `drop_long_documents=true` here.")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a saved model one question, in the layout it was trained on:
 
-python train/generate.py --model runs/smoke \\
+coe-generate --model runs/smoke \\
     --question "Mia has 5 apples. Mia buys 4 more. Mia gives away 2. How many apples does Mia have now?"
 """
 

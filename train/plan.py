@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Will it fit? What a preset costs under a recipe, before anything is allocated or downloaded:
 
-    python train/plan.py --model configuration/models/coe_c2_k4_n64.json \\
+    coe-plan --model configuration/models/coe_c2_k4_n64.json \\
         --recipe configuration/pretrain/paper_8gb.yaml --gpu 8GB
 
 Prints parameters, FLOPs, memory by component and the equal-compute MoE; where the recipe does not fit the GPU, what
 to change, the cheapest change first. Without `--gpu` that of this machine is meant. With `--world 8x80GB` it also
 prints how the model lies on several GPUs, and what travels between them. To serve a model, without a recipe:
 
-    python train/plan.py --model configuration/models/coe_c2_k4_n64.json --serve 1x4096 --ram 8GB
+    coe-plan --model configuration/models/coe_c2_k4_n64.json --serve 1x4096 --ram 8GB
 
 for one sequence of 4,096 tokens on a computer without a GPU, and `--gpu 8GB` for a GPU; in bf16 and in few bits. And
 
-    python train/plan.py --recipe configuration/pretrain/paper_8gb.yaml --like moe_k8_n64 --save 42%
+    coe-plan --recipe configuration/pretrain/paper_8gb.yaml --like moe_k8_n64 --save 42%
 
 proposes models that compute as much as a preset and train in so much less memory.
 """
@@ -49,6 +49,7 @@ from modeling_coe.train.arguments import (
     command_line,
     parse,
     read_config,
+    shipped,
     training_setup,
 )
 from modeling_coe.train.communication import Cluster, Layout, rank_memory, step_seconds, traffic
@@ -154,7 +155,7 @@ def print_memory(config: CoEConfig, setup: TrainingSetup, budget: int):
             if after <= budget:
                 print(f"Then it fits; micro-batches up to {largest_micro_batch(config, setup, budget)} do.")
                 return
-    print("Still too much: take a smaller preset, or shard it (configuration/accelerate/fsdp2.yaml).")
+    print("Still too much: take a smaller preset, or shard it over several GPUs (--world).")
 
 
 def print_serving(config: CoEConfig, batch_size: int, length: int, budget: int, on_cpu: bool):
@@ -269,13 +270,14 @@ def print_proposals(name: str, config: CoEConfig, setup: TrainingSetup, saving: 
         parameters = f"{sum(count_parameters(proposal).values()):,}"
         values = (parameters, f"{memory / GIB:.2f}", f"{1 - memory / whole:.0%}", f"{flops:.2f}x")
         row(", ".join(map(str, (*sizes, proposal.layers_per_pool))), *values)
-    print("\nOnly memory is predicted here; model_cards/studies/README.md has what was measured of the loss.")
+    print("\nOnly memory is predicted here, not the loss.")
 
 
 def read_options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description = __doc__ + shipped("pretrain", "models")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="preset or checkpoint; default: the recipe's")
-    parser.add_argument("--recipe", "--config", help="YAML file of configuration/pretrain")
+    parser.add_argument("--recipe", "--config", help="recipe (YAML) to train with")
     parser.add_argument("--gpu", type=memory_size, help="memory of the GPU, for instance 8GB")
     parser.add_argument("--reserve", type=memory_size, default="0.5GB", help="for CUDA or Python itself; 0.5GB")
     parser.add_argument("--world", type=world_size, help="number of GPUs and their memory, for instance 8x80GB")

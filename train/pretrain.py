@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrain a CoE model from a preset and let it speak. Two minutes on a laptop's CPU, no data, no network:
 
-    python train/pretrain.py --config configuration/pretrain/smoke.yaml
+    coe-pretrain --config configuration/pretrain/smoke.yaml
 
 On your own text (a folder with train.jsonl and test.jsonl, a file or a Hub id), on all GPUs of a machine:
 
-    accelerate launch train/pretrain.py --config configuration/pretrain/paper.yaml --dataset path/or/hub-id
+    accelerate launch -m modeling_coe.train.pretrain --config configuration/pretrain/paper.yaml --dataset my/dataset
 
 A run that was killed continues from its newest complete checkpoint with the same command. `output_dir` holds the
 final model with its tokenizer, loss_curve.jsonl and .png, samples.json and facts.json.
@@ -37,6 +37,7 @@ from modeling_coe.train.arguments import (
     free_memory,
     parse,
     read_config,
+    shipped,
     training_setup,
 )
 from modeling_coe.train.checkpoints import (
@@ -157,9 +158,9 @@ def draw_by_name(model, seed: int):
 
 @command_line
 def main(arguments: list[str] | None = None):
-    model_arguments, data_arguments, layout, training = parse(
-        ModelArguments, DataArguments, LayoutArguments, PretrainArguments, arguments=arguments, description=__doc__
-    )
+    classes = (ModelArguments, DataArguments, LayoutArguments, PretrainArguments)
+    description = __doc__ + shipped("pretrain", "models")
+    model_arguments, data_arguments, layout, training = parse(*classes, arguments=arguments, description=description)
     keep_output_short()
     if data_arguments.drop_long_documents:
         raise ValueError("`drop_long_documents=true` is for fine-tuning; set `split_long_documents=true` here.")

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a run into a repository that a stranger can load, judge and cite; with --push, on the Hub, in one commit.
 
-    python train/publish.py runs/smoke --repo user/name                 # writes runs/smoke/hub and stops
-    python train/publish.py runs/smoke --repo user/name --push --private
+    coe-publish runs/smoke --repo user/name                 # writes runs/smoke/hub and stops
+    coe-publish runs/smoke --repo user/name --push --private
 
 Look the prepared folder over and edit the card where you like: the same command with --push uploads it as it then is.
 
 The folder holds sharded safetensors, the config with its auto_map, the Python files, tokenizer, generation config,
-facts.json, the plots and README.md, rendered from model_cards/template.md. The token comes from `hf auth login` or
+facts.json, the plots and README.md, which is the model card. The token comes from `hf auth login` or
 HF_TOKEN, never from the command line, and is written nowhere.
 """
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small local server for one checkpoint, for OpenAI clients: chat completions, completions, models and health.
 
-python train/serve.py runs/smoke --port 8000
+coe-serve runs/smoke --port 8000
 
 curl localhost:8000/v1/completions --json '{"model": "runs/smoke", "prompt": "Mia has"}'      # or the `openai` client
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What do the iterations of a checkpoint do? Which experts fire, who follows whom, how much the state changes:
 
-    python train/show_routing.py --model runs/smoke --dataset word_problems --output_dir runs/smoke/routing
+    coe-show-routing --model runs/smoke --dataset word_problems --output_dir runs/smoke/routing
 
 Reads validation documents and writes routing.json, load.png and, for more than one iteration, transitions.png. Of a
 model with null experts also what its tokens cost, in routing.json by kind and by loss of the token, and as cost.png.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain of one iteration becomes a GGUF file, for llama.cpp and the programs that are built on it:
 
-python train/to_gguf.py --model runs/my_chain --llama_cpp path/to/llama.cpp --output my_chain.gguf
+coe-to-gguf --model runs/my_chain --llama_cpp path/to/llama.cpp --output my_chain.gguf
 
 The checkpoint goes through `downcycle`, which makes it a Mixtral, and then through llama.cpp's own converter. That
 converter tells how a BPE tokenizer splits text by a fingerprint of its token ids, so it refuses every vocabulary that
@@ -78,7 +78,7 @@ def convert(mixtral: Path, llama_cpp: Path, output: Path, file_type: str):
 @command_line
 def main(arguments: list[str] | None = None):
     logging.basicConfig(level=logging.WARNING)
-    (options,) = parse(GgufArguments, arguments=arguments)
+    (options,) = parse(GgufArguments, arguments=arguments, description=__doc__)
     partial = options.output.with_name(f".{options.output.name}.partial")
     with TemporaryDirectory() as folder:
         mixtral = downcycle(options.model, Path(folder) / "mixtral")

@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn an existing MoE or dense checkpoint into a Chain-of-Experts with the same logits.
 
-python train/upcycle.py --config configuration/upcycle/olmoe.yaml
-python train/upcycle.py --source path/to/mixtral --output runs/upcycled --verify true     # any option, without a file
+coe-upcycle --config configuration/upcycle/olmoe.yaml
+coe-upcycle --source path/to/mixtral --output runs/upcycled --verify true     # any option, without a file
 
-The output's facts.json says what it was made of; train/pretrain.py, finetune.py and publish.py pass that on.
+The output's facts.json says what it was made of; coe-pretrain, coe-finetune and coe-publish pass that on.
 """
 
 import logging
 from dataclasses import dataclass, field
 
 from modeling_coe import upcycle
-from modeling_coe.train.arguments import command_line, parse
+from modeling_coe.train.arguments import command_line, parse, shipped
 
 
 @dataclass
@@ -56,7 +56,7 @@ class UpcycleArguments:
 def main(command: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    (arguments,) = parse(UpcycleArguments, arguments=command, description=__doc__)
+    (arguments,) = parse(UpcycleArguments, arguments=command, description=__doc__ + shipped("upcycle"))
     if arguments.source is None or arguments.output is None:
         raise ValueError("Set `source` and `output`, in the recipe or on the command line.")
     print(f"Chain-of-Experts written to {upcycle(**vars(arguments))}")
