@@ -91,6 +91,16 @@ def test_every_variant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_twic
     assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 5_000
 
 
+def test_a_run_that_a_result_records_is_not_repeated_without_its_folder(tmp_path, trained, monkeypatch):
+    result = run_table(tmp_path)
+    number = len(trained)
+    (tmp_path / "runs").rename(tmp_path / "lost")
+    assert run_table(tmp_path)["rows"] == result["rows"] and len(trained) == number
+    # Runs on another corpus are others.
+    monkeypatch.setattr(reproduce, "hash_of_corpus", lambda dataset: "abc")
+    assert run_table(tmp_path)["corpus"] == "abc" and len(trained) == 2 * number
+
+
 def test_a_table_s_own_seeds_and_rates_take_the_place_of_the_scale_s(tmp_path, trained):
     result = run_table(tmp_path, "scale: {seeds: [3, 0], learning_rates: [1.0e-3, 3.0e-3]}" + TABLE)
     assert [run["seed"] for run in result["rows"]["two"]["runs"]] == result["scale"]["seeds"] == [3, 0]

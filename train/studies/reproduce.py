@@ -10,7 +10,8 @@ times the steps, `recipe:` overrides its recipe, `budget: 2` scores its run at t
 learning rate is tried with the first seed; the one with the lowest validation loss runs with the others. A table's
 `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
-is not run again. Writes `<results_dir>/<table>_<scale>.json`, and a picture if the table is a `frontier`.
+is not run again, nor what `<results_dir>/runs/<scale>.json` records of runs on another machine. Writes
+`<results_dir>/<table>_<scale>.json`, and a picture if the table is a `frontier`.
 
     python train/studies/reproduce.py --table configuration/studies/memory.yaml --scale cpu --only_memory true
 
@@ -48,8 +49,9 @@ from modeling_coe.train.report import environment, peak_bytes, save_picture
 # Student's t, two-sided 95 %, by the number of seeds.
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 EQUAL_COMPUTE = 0.05
-# One lock for each run's folder.
+# One lock for each run's folder, one for the record of finished runs.
 TRAINING = defaultdict(Lock)
+RECORDING = Lock()
 
 
 @dataclass
@@ -179,11 +181,10 @@ def main(arguments: list[str] | None = None):
         claims = [judge_memory(claim, rows) for claim in table.memory_claims]
         name += "_memory"
     else:
+        # The record has no room for how every router spread its tokens.
+        record = None if table.balance else output / "runs" / f"{options.scale}.json"
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows = compete(variants, scale, Path(options.runs_dir) / options.scale, pool)
-        for row in rows.values() if not table.balance else ():
-            for run in row["runs"]:
-                run.pop("routing_health", None)
+            rows = compete(variants, scale, Path(options.runs_dir) / options.scale, record, pool)
         claims = [judge(claim, rows) for claim in table.claims]
         if table.frontier:
             plot_frontier(rows, output / f"{name}.png")
@@ -205,9 +206,16 @@ def describe(options: ReproduceArguments, table: Table, scale: Scale) -> dict:
     return {
         "question": table.question,
         "command": command,
+        "corpus": hash_of_corpus(scale.recipe["dataset"]),
         "scale": asdict(replace(scale, recipe=scale.recipe | {"dataset": dataset})),
         **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
+
+
+def hash_of_corpus(dataset: str) -> str | None:
+    """The hash that train/studies/corpus.py wrote beside its documents; None of other data sets."""
+    path = Path(dataset) / "corpus.json"
+    return json.loads(path.read_text(encoding="utf-8"))["hash"] if path.is_file() else None
 
 
 def load_table(path: Path) -> Table:
@@ -273,11 +281,13 @@ def check_compute(table: Table, variants: dict[str, Variant]):
                 )
 
 
-def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: ThreadPoolExecutor) -> dict:
+def compete(
+    variants: dict[str, Variant], scale: Scale, output: Path, record: Path | None, pool: ThreadPoolExecutor
+) -> dict:
     """Every variant's result: its learning rates with the first seed, then the best of them with the others."""
     first, *others = scale.seeds
     tries = {
-        name: [pool.submit(run_once, variant, rate, first, output) for rate in scale.learning_rates]
+        name: [pool.submit(run_once, variant, rate, first, output, record) for rate in scale.learning_rates]
         for name, variant in variants.items()
     }
     best, grids = {}, {}
@@ -287,7 +297,7 @@ def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: Thre
         best[name] = min(results, key=lambda run: math.inf if run["diverged"] else run["validation_loss"])
     rates = {name: run["learning_rate"] for name, run in best.items()}
     repeats = {
-        name: [pool.submit(run_once, variant, rates[name], seed, output) for seed in others]
+        name: [pool.submit(run_once, variant, rates[name], seed, output, record) for seed in others]
         for name, variant in variants.items()
     }
     baseline = next(iter(variants.values())).flops
@@ -316,17 +326,32 @@ def compete(variants: dict[str, Variant], scale: Scale, output: Path, pool: Thre
     return rows
 
 
-def run_once(variant: Variant, rate: float, seed: int, output: Path) -> dict:
-    """One run of train/pretrain.py, unless its folder holds the finished run; what became of it."""
-    identity = json.dumps([variant.preset, variant.recipe, rate, seed], sort_keys=True)
-    folder = output / hashlib.sha256(identity.encode()).hexdigest()[:16]
+def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Path | None) -> dict:
+    """One run of train/pretrain.py, unless its folder or `record` has the finished run; what became of it."""
+    identity = [variant.preset, variant.recipe, rate, seed]
+    if corpus := hash_of_corpus(variant.recipe["dataset"]):
+        identity.append(corpus)
+    folder = output / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    recorded = read_record(record) if record and variant.budget is None else {}
+    if folder.name in recorded:
+        return recorded[folder.name]
     with TRAINING[folder]:  # rows that differ in their budget alone share a run
         train(variant, rate, seed, folder)
     run = read_run(folder, rate, seed)
+    if record:
+        run.pop("routing_health", None)
+        with RECORDING:
+            record.parent.mkdir(exist_ok=True)
+            write_json(record, read_record(record) | {folder.name: run})
     if variant.budget is None or run["diverged"]:
         return run
     kept = ("seed", "learning_rate", "diverged", "share_solved", "commit")
     return {fact: run[fact] for fact in kept} | score(variant, seed, folder)
+
+
+def read_record(path: Path) -> dict[str, dict]:
+    """What became of the runs of a scale, by the name of their folder."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def train(variant: Variant, rate: float, seed: int, folder: Path):
