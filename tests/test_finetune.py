@@ -23,7 +23,7 @@ from modeling_coe.train.arguments import (
     parse,
 )
 from modeling_coe.train.data import load_documents, load_tokenizer, losses, short_enough
-from modeling_coe.train.report import routing_health
+from modeling_coe.train.report import print_result, routing_health
 
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,13 @@ def test_fine_tuning_lowers_the_validation_loss_and_writes_facts(whole_run):
     assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
+
+
+def test_the_result_names_which_loss_is_of_the_answers(whole_run, capsys):
+    facts = json.loads((whole_run / "facts.json").read_text())
+    print_result(facts, whole_run)
+    change = f"(of the answers {facts['answer_loss_before']:.4f} before, now {facts['answer_loss']:.4f})"
+    assert change in capsys.readouterr().out
 
 
 def test_evaluation_reports_what_the_run_reported(checkpoint, whole_run, tmp_path):

@@ -153,9 +153,11 @@ def finetune(
         callbacks=[Curve()],
         peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
     )
-    show_progress(trainer)
+    is_text = "text" in documents["validation"].column_names
+    show_progress(trainer, "validation loss" if is_text else "validation loss of the answers")
     trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
-    print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {trained}")
+    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    print(f"Trains {sum(trained.values()):,} of {trainer.model.num_parameters():,} parameters: {parts}")
 
     sizes = (data.scored_problems, training.per_device_eval_batch_size, data.max_new_tokens)
     scores = partial(score, trainer.model, tokenizer, documents["validation"], *sizes)

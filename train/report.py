@@ -48,6 +48,10 @@ def keep_output_short():
 class Progress(ProgressCallback):
     """A bar with loss, tokens per second and memory; evaluations get a line of their own."""
 
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return
@@ -56,18 +60,18 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed}{peak_memory(args.device):.2f} GiB")
         elif "eval_loss" in logs:
             solved = f", solved {logs['eval_solved']:.1%}" if "eval_solved" in logs else ""
-            self.training_bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{solved}")
+            self.training_bar.write(f"step {state.global_step}: {self.label} {logs['eval_loss']:.4f}{solved}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:  # not even begun: interrupted while loading a checkpoint
             super().on_train_end(args, state, control, **kwargs)
 
 
-def show_progress(trainer: Trainer):
-    """Put `Progress` in the place of Trainer's own bar, unless bars are off."""
+def show_progress(trainer: Trainer, label: str = "validation loss"):
+    """Put `Progress` in the place of Trainer's own bar, unless bars are off; `label` says what `eval_loss` is."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
+        trainer.add_callback(Progress(label))
 
 
 class Curve(TrainerCallback):
@@ -285,14 +289,18 @@ def write_results(trainer: Trainer, facts: dict, answers: list[dict], title: str
 
 def print_result(facts: dict, output: Path):
     """The result in three lines; facts.json has all of it."""
-    before = facts["validation_loss_before"]
-    start = "" if before is None else f"{before:.4f} before, now "
     share = facts["share_solved"]
     solved = "" if share is None else f"; {share:.1%} of {facts['scored_problems']} validation problems solved"
     memory = f"{facts['peak_memory_gib']:.2f} GiB"
     print(f"\n{facts['steps']} steps, {facts['tokens']:,} tokens, {facts['train_seconds']:.0f} s, {memory}")
-    print(f"validation loss {start}{facts['validation_loss']:.4f}{solved}")
+    answers = "" if facts.get("answer_loss") is None else f" (of the answers {_change(facts, 'answer_loss')})"
+    print(f"validation loss {_change(facts, 'validation_loss')}{answers}{solved}")
     print(f"model, facts.json and samples.json in {output}; picture of the loss: {output / 'loss_curve.png'}")
+
+
+def _change(facts: dict, name: str) -> str:
+    before = facts[f"{name}_before"]
+    return ("" if before is None else f"{before:.4f} before, now ") + f"{facts[name]:.4f}"
 
 
 def _processor() -> str:
