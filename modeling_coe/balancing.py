@@ -31,6 +31,8 @@ from .modeling_coe import BUDGET_STEPS, CoETopKRouter, routed_tokens
 BIAS = "e_score_correction_bias"
 # The routers that a `RouterBalance` moves.
 _BALANCED = WeakSet()
+# The balances of the trainings that have begun and not ended, as when a user interrupts one.
+_IN_TRAINING = WeakSet()
 # The inputs of a model that tell its padding.
 COUNTED_BY = ("input_ids", "attention_mask", "position_ids", "labels")
 
@@ -114,6 +116,7 @@ class RouterBalance:
     def remove(self):
         """Stops counting."""
         _BALANCED.difference_update(self.routers.values())
+        _IN_TRAINING.discard(self)
         for hook in self.hooks:
             hook.remove()
 
@@ -147,7 +150,10 @@ class RouterBalance:
 
 
 class RouterBiasCallback(TrainerCallback):
-    """`RouterBalance` for Trainer: after every optimizer step the biases move by `rate`."""
+    """`RouterBalance` for Trainer: after every optimizer step the biases move by `rate`.
+
+    A training that begins takes the model over from one that was interrupted.
+    """
 
     def __init__(self, rate: float = 1e-3):
         self.rate = _positive(rate)
@@ -155,7 +161,11 @@ class RouterBiasCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.on_train_end(args, state, control)
+        modules = set(model.modules())
+        for balance in [one for one in _IN_TRAINING if not modules.isdisjoint(one.routers.values())]:
+            balance.remove()
         self.balance = RouterBalance(model, self.rate)
+        _IN_TRAINING.add(self.balance)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.balance.step()

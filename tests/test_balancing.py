@@ -8,7 +8,7 @@ import transformers
 from conftest import build, tokens
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_coe import CoEForCausalLM
 from modeling_coe.balancing import BIAS, RouterBalance, RouterBiasCallback
@@ -194,7 +194,7 @@ def test_biases_that_cannot_be_moved_are_refused_by_name():
             RouterBalance(alone)
 
 
-def train(folder, model, steps, resume=False, **arguments):
+def train(folder, model, steps, resume=False, callbacks=(), **arguments):
     rows = Dataset.from_dict({"input_ids": tokens(16, 12).tolist(), "labels": tokens(16, 12).tolist()})
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=steps, save_steps=3,
@@ -202,7 +202,7 @@ def train(folder, model, steps, resume=False, **arguments):
         weight_decay=0.5, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=100,
         **arguments,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RouterBiasCallback(rate=0.01)])
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[RouterBiasCallback(rate=0.01), *callbacks])
     trainer.train(resume_from_checkpoint=resume)
     return model
 
@@ -219,3 +219,27 @@ def test_trainer_moves_saves_and_resumes_biases_bit_for_bit(tmp_path):
     assert torch.equal(saved._routers()[1].e_score_correction_bias, whole._routers()[1].e_score_correction_bias)
     steps = whole._routers()[0].e_score_correction_bias / 0.01
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)  # neither optimizer nor weight decay moved it
+
+
+def test_a_training_after_an_interrupted_one_moves_the_biases_by_its_own_counts_alone(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model, start = build(**BIASED), build(**BIASED)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "interrupted", model, 6, callbacks=[Interrupt()])
+    model.load_state_dict(start.state_dict())
+    train(tmp_path / "again", model, 3)
+    train(tmp_path / "alone", start, 3)
+    for ours, theirs in zip(model._routers(), start._routers(), strict=True):
+        assert ours.e_score_correction_bias.abs().max() > 0
+        assert torch.equal(ours.e_score_correction_bias, theirs.e_score_correction_bias)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    model.train()
+    balance = RouterBalance(model)  # a loop's own is not taken over
+    with pytest.raises(ValueError, match="is balanced already"):
+        train(tmp_path / "twice", model, 1)
+    balance.remove()
