@@ -4,6 +4,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -250,6 +251,18 @@ def test_every_tuner_without_targets_trains_what_it_trains_in_mixtral(tuner):
     adapted = "norm" if tuner == "LN_TUNING" else "self_attn"
     shared = ("vera_", "randlora_", "vblora_", "tinylora_")  # one basis for all modules
     assert all(adapted in name or any(part in name for part in shared) for name in trained), trained
+
+
+@pytest.mark.skipif("SHADOW" not in PEFT_TYPE_TO_TUNER_MAPPING, reason="this PEFT has no SHADOW")
+def test_a_shadow_of_a_model_with_pools_has_whole_pools():
+    model, ids = build(num_hidden_layers=4, layers_per_pool=2), tokens(2, 7)
+    shadow = partial(PEFT_TYPE_TO_CONFIG_MAPPING["SHADOW"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`layers_per_pool=2` must be a divisor of num_hidden_layers=1"):
+        peft.get_peft_model(model, shadow())
+    model = peft.get_peft_model(build(num_hidden_layers=4, layers_per_pool=2), shadow(shadow_num_hidden_layers=2))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "experts" in name}
+    assert gradients and all("shadow" in name and grad.any() for name, grad in gradients.items())
 
 
 @pytest.mark.slow
