@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,8 @@ from .quantization import QuantizedExpertsConfig
 
 
 logger = logging.get_logger(__name__)
+# While transformers loads a model it replaces functions of the whole process, that which ties the head among them.
+LOADING = RLock()
 
 # The budgets for which a router's null bias is stored; between two of them it is interpolated.
 BUDGET_STEPS = 17
@@ -565,9 +568,10 @@ class CoEPreTrainedModel(PreTrainedModel):
                     f"`quantization_config=QuantizedExpertsConfig(bits={bits})`, which reaches the experts."
                 )
         try:
-            model, loading_info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            with LOADING:
+                model, loading_info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
         except SafetensorError as error:
             raise OSError(
                 f"A safetensors file of `{pretrained_model_name_or_path}` is truncated or corrupted ({error}). "

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -228,6 +229,18 @@ def test_what_the_caller_adds_to_a_checkpoint_is_new_and_not_lost(model, tmp_pat
     assert len(info["mismatched_keys"]) == 2 * 3
     config = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, config=config).config.num_hidden_layers == 3
+
+
+def test_threads_that_load_at_once_each_get_the_whole_model(tmp_path):
+    """While transformers loads, it replaces the tying of heads and other functions in the whole process."""
+    model = build(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(AutoModelForCausalLM.from_pretrained, [tmp_path] * 40))
+    loaded.append(build(tie_word_embeddings=True))  # nothing stays replaced
+    for one in loaded:
+        assert one.lm_head.weight is one.model.embed_tokens.weight
+        assert not one.lm_head.weight.is_meta and one.lm_head.weight.dtype == torch.float32
 
 
 def test_tied_and_adapted_checkpoints_lack_nothing(tmp_path):

@@ -86,9 +86,12 @@ def test_every_variant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_twic
     assert not (tmp_path / "results" / "table_cpu.png").exists()
     again = run_table(tmp_path)
     assert len(trained) == len(expected) and again["rows"] == result["rows"]
-    run_table(tmp_path, "frontier: true" + TABLE)
-    assert len(trained) == len(expected)
-    assert (tmp_path / "results" / "table_cpu.png").stat().st_size > 5_000
+    for picture in ("frontier", "memory"):
+        run_table(tmp_path, f"{picture}: true" + TABLE)
+        assert len(trained) == len(expected)
+        drawn = tmp_path / "results" / "table_cpu.png"
+        assert drawn.stat().st_size > 5_000
+        drawn.unlink()
 
 
 def test_a_run_that_a_result_records_is_not_repeated_without_its_folder(tmp_path, trained, monkeypatch):
@@ -178,13 +181,14 @@ rows:
      expert_budget: 2, recipe: {router_bias_rate: 0.01}}
   dial at 1: {<<: *dial, budget: 1}
   dial at 4: {<<: *dial, budget: 4}
+  K=2 in 8 bits: {num_iterations: 2, num_experts_per_tok: 2, num_local_experts: 8, bits: 8}
 claims:
   - {claim: one is as good as four, row: dial at 1, than: dial at 4, as_good: true}
 """
 
 
 @pytest.mark.slow
-def test_a_budget_scores_the_run_of_its_row_and_trains_none_of_its_own(tmp_path, monkeypatch):
+def test_budgets_and_bits_score_the_run_of_their_row_and_train_none_of_their_own(tmp_path, monkeypatch):
     scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
     sizes = {"max_steps": 3, "warmup_steps": 1, "logging_steps": 3, "eval_steps": 3, "train_problems": 60,
              "validation_problems": 12, "scored_problems": 0, "sequence_length": 160,
@@ -196,6 +200,10 @@ def test_a_budget_scores_the_run_of_its_row_and_trains_none_of_its_own(tmp_path,
     for run, trained in zip(rows["dial at 4"]["runs"], rows["dial, as trained"]["runs"], strict=True):
         assert run["experts_per_token"] == 4 and run["experts_by_loss"] == [4, 4, 4, 4]
         assert run["validation_loss"] != trained["validation_loss"]
+    for run, trained in zip(rows["K=2 in 8 bits"]["runs"], rows["K=2"]["runs"], strict=True):
+        assert run["validation_loss"] == pytest.approx(trained["validation_loss"], abs=2e-3)
+        stored = json.loads((next((tmp_path / "runs" / "cpu").glob("*/bits_8.json"))).read_text())
+        assert stored.keys() == {"validation_loss"}
     for run in rows["dial at 1"]["runs"]:
         assert run["experts_per_token"] == pytest.approx(1, abs=0.3)
     assert (

@@ -6,12 +6,12 @@
         --scale cpu --dataset path/to/gsm8k
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
-times the steps, `recipe:` overrides its recipe, `budget: 2` scores its run at two experts a token and iteration. Each
-learning rate is tried with the first seed; the one with the lowest validation loss runs with the others. A table's
-`scale:` gives it seeds or rates of its own.
+times the steps, `recipe:` overrides its recipe, `budget: 2` scores its run at two experts a token and iteration and
+`bits: 4` with its experts in four bits. Each learning rate is tried with the first seed; the one with the lowest
+validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again, nor what `<results_dir>/runs/<scale>.json` records of runs on another machine. Writes
-`<results_dir>/<table>_<scale>.json`, and a picture if the table is a `frontier`.
+`<results_dir>/<table>_<scale>.json`, and a picture if the table asks for one.
 
     python train/studies/reproduce.py --table configuration/studies/memory.yaml --scale cpu --only_memory true
 
@@ -37,8 +37,15 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_coe import CoEConfig, CoEForCausalLM
-from modeling_coe.budget import TrainingSetup, count_parameters, training_flops, training_memory
+from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig
+from modeling_coe.budget import (
+    ServingSetup,
+    TrainingSetup,
+    count_parameters,
+    training_flops,
+    training_memory,
+    weight_bytes,
+)
 from modeling_coe.routing import watched_choices
 from modeling_coe.train.arguments import DataArguments, command_line, parse
 from modeling_coe.train.checkpoints import write_json
@@ -130,14 +137,18 @@ class MemoryClaim:
 
 @dataclass(frozen=True)
 class Table:
-    """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale. With
-    `balance` the result says how the routers of every run spread their tokens."""
+    """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale.
+
+    With `balance` the result says how the routers of every run spread their tokens; `frontier` and `memory` ask for a
+    picture.
+    """
 
     question: str
     rows: dict[str, dict]
     claims: list[Claim]
     memory_claims: list[MemoryClaim]
     frontier: bool = False
+    memory: bool = False
     balance: bool = False
     scale: dict = field(default_factory=dict)
 
@@ -155,6 +166,12 @@ class Variant:
     preset: dict
     recipe: dict
     budget: float | None = None
+    bits: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        """In a way in which it was not trained."""
+        return self.budget is not None or self.bits is not None
 
     @property
     def config(self) -> CoEConfig:
@@ -186,7 +203,9 @@ def main(arguments: list[str] | None = None):
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = compete(variants, scale, Path(options.runs_dir) / options.scale, record, pool)
         claims = [judge(claim, rows) for claim in table.claims]
-        if table.frontier:
+        if table.memory:
+            plot_memory(rows, scale.recipe, output / f"{name}.png")
+        elif table.frontier:
             plot_frontier(rows, output / f"{name}.png")
         elif any(variant.budget is not None for variant in variants.values()):
             plot_dial(rows, output / f"{name}.png")
@@ -250,12 +269,14 @@ def build_variant(row: dict, scale: Scale) -> Variant:
         ValueError: a field that is none of the configuration, or a combination that no model can have.
     """
     fields = dict(row)
-    depth, length, budget = fields.pop("depth", 1), fields.pop("length", 1), fields.pop("budget", None)
+    depth, length = fields.pop("depth", 1), fields.pop("length", 1)
+    scored = {name: fields.pop(name) for name in ("budget", "bits") if name in fields}
     recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
     if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
-        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor `depth`, `length`, `budget` or `recipe`.")
-    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe, budget)
+        others = "`depth`, `length`, `budget`, `bits` or `recipe`"
+        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor {others}.")
+    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe, **scored)
 
 
 def lengthen(recipe: dict, factor: int) -> dict:
@@ -332,10 +353,10 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Pat
     if corpus := hash_of_corpus(variant.recipe["dataset"]):
         identity.append(corpus)
     folder = output / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    recorded = read_record(record) if record and variant.budget is None else {}
+    recorded = read_record(record) if record and not variant.is_scored else {}
     if folder.name in recorded:
         return recorded[folder.name]
-    with TRAINING[folder]:  # rows that differ in their budget alone share a run
+    with TRAINING[folder]:  # rows that differ in how they are scored share a run
         train(variant, rate, seed, folder)
     run = read_run(folder, rate, seed)
     if record:
@@ -343,7 +364,7 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Pat
         with RECORDING:
             record.parent.mkdir(exist_ok=True)
             write_json(record, read_record(record) | {folder.name: run})
-    if variant.budget is None or run["diverged"]:
+    if not variant.is_scored or run["diverged"]:
         return run
     kept = ("seed", "learning_rate", "diverged", "share_solved", "commit")
     return {fact: run[fact] for fact in kept} | score(variant, seed, folder)
@@ -380,13 +401,16 @@ def train(variant: Variant, rate: float, seed: int, folder: Path):
 
 
 def score(variant: Variant, seed: int, folder: Path) -> dict:
-    """The validation loss of a finished run at the variant's budget, the mean number of experts that its tokens really
-    computed an iteration, and that number by the loss of the token they predict: quarters, from the easiest."""
-    path = folder / f"budget_{variant.budget:g}.json"
+    """The validation loss of a finished run at the variant's budget and bits, the mean number of experts that its
+    tokens really computed an iteration, and that number by the loss of the token they predict: quarters, from the
+    easiest."""
+    way = f"budget_{variant.budget:g}" if variant.bits is None else f"bits_{variant.bits}"
+    path = folder / f"{way}.json"
     if not path.is_file():
         names = DataArguments.__dataclass_fields__.keys() & variant.recipe.keys()
         data = DataArguments(**{name: variant.recipe[name] for name in names})
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        quantized = variant.bits and {"quantization_config": QuantizedExpertsConfig(bits=variant.bits)}
+        model = AutoModelForCausalLM.from_pretrained(folder, **quantized or {}).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         documents = load_documents(data, seed)["validation"]
         blocks = list(pack(documents, tokenizer, data.sequence_length, data.split_long_documents))
@@ -403,12 +427,14 @@ def score(variant: Variant, seed: int, folder: Path) -> dict:
             "experts_per_token": round(experts.mean().item(), 3),
             "experts_by_loss": [round(quarter.mean().item(), 3) for quarter in quarters],
         }
+        if variant.budget is None:
+            scores = {"validation_loss": scores["validation_loss"]}
         write_json(path, scores)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def loss_and_experts(model: CoEForCausalLM, batch: dict, budget: float) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_experts(model: CoEForCausalLM, batch: dict, budget: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every target of a batch, its loss, and the mean number of experts an iteration of the token before it."""
     labels = batch["labels"]
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
@@ -536,6 +562,39 @@ def plot_frontier(rows: dict, path: Path):
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="parameters (millions)", ylabel="validation loss (nats per token)", title="at equal compute")
     axes[1].set(xlabel="training FLOPs, relative", title="in equal memory")
+    save_picture(figure, path)
+
+
+def plot_memory(rows: dict, recipe: dict, path: Path):
+    """The validation loss against bytes at the peak of a training step in fp32, and against bytes of the weights at
+    inference, both as budget.py counts them; squares share pools. Bars from the lowest to the highest seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    batch = {"batch_size": recipe["per_device_train_batch_size"], "sequence_length": recipe["sequence_length"]}
+    training = TrainingSetup(**batch, dtype="float32", experts_implementation="coe")
+    stored = {
+        "bf16": ServingSetup(),
+        "8 bits": ServingSetup(expert_bits=8),
+        "4 bits": ServingSetup(expert_bits=4),
+    }
+    for number, (name, row) in enumerate(rows.items()):
+        config, losses = CoEConfig(**row["config"]), [run["validation_loss"] for run in row["runs"]]
+        mean = statistics.mean(losses)
+        spread = [[mean - min(losses)], [max(losses) - mean]]
+        style = {"color": f"C{number % 10}", "marker": "o" if config.layers_per_pool == 1 else "s"}
+        peak = sum(training_memory(config, training).values()) / 2**20
+        axes[0].errorbar(peak, mean, spread, capsize=3, linewidth=1.2, linestyle="none", label=name, **style)
+        sizes = [sum(weight_bytes(config, setup).values()) / 2**20 for setup in stored.values()]
+        axes[1].plot(sizes, [mean] * len(sizes), linewidth=0.8, **style)
+    first = next(iter(rows.values()))
+    for label, setup in stored.items():
+        point = sum(weight_bytes(CoEConfig(**first["config"]), setup).values()) / 2**20, first["mean_validation_loss"]
+        axes[1].annotate(label, point, xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    axes[0].set(xlabel="peak of a training step (MiB)", ylabel="validation loss (nats per token)")
+    axes[1].set(xlabel="weights at inference (MiB)")
+    for axis in axes:
+        axis.grid(color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_picture(figure, path)
 
 
