@@ -4,6 +4,7 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
@@ -18,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 RESIDUALS = ("nested", "inner", "outer")
 QK_NORMS = (None, "head", "full")
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @auto_docstring(
@@ -157,7 +159,7 @@ class CoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
         if not is_stored:
-            self.check_special_tokens()
+            self._check_tokens(SPECIAL_TOKENS)
         self.base_model_tp_plan = self.base_model_tp_plan | self._optional_tp_plan()
         if self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_local_experts:
             logger.warning_once(
@@ -184,6 +186,7 @@ class CoEConfig(PreTrainedConfig):
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._set_expert_budget()
         config.check()
+        config._check_tokens([name for name in SPECIAL_TOKENS if name in kwargs])
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -226,18 +229,15 @@ class CoEConfig(PreTrainedConfig):
 
     def check_pad_token(self):
         """The embedding's padding row must exist. Checked where a model is built, not while tokens are being added."""
-        self._check_token("pad_token_id", self.pad_token_id)
+        self._check_tokens(["pad_token_id"])
 
-    def check_special_tokens(self):
+    def _check_tokens(self, names: Iterable[str]):
         """Those that a person names must exist. A stored file may name some that its model never got."""
-        self.check_pad_token()
-        self._check_token("bos_token_id", self.bos_token_id)
-        for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
-            self._check_token("eos_token_id", token)
-
-    def _check_token(self, name: str, token: int | None):
-        inside = token is None or 0 <= token < self.vocab_size
-        self._require(name, inside, f"None or below vocab_size={self.vocab_size}, and not negative")
+        for name in names:
+            tokens = getattr(self, name)
+            tokens = tokens if isinstance(tokens, list) else [tokens]
+            inside = all(token is None or 0 <= token < self.vocab_size for token in tokens)
+            self._require(name, inside, f"None or below vocab_size={self.vocab_size}, and not negative")
 
     @staticmethod
     def _check_num_labels(num_labels: int | None):

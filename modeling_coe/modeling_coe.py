@@ -582,6 +582,8 @@ class CoEPreTrainedModel(PreTrainedModel):
             loading_info["missing_keys"] or loading_info["unexpected_keys"]
         ):
             cls._compare_with_configuration(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
+        if model.can_generate():
+            model._warn_of_impossible_ends(pretrained_model_name_or_path)
         return (model, loading_info) if output_loading_info else model
 
     @classmethod
@@ -621,6 +623,15 @@ class CoEPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"`{path}` holds {len(dropped)} tensors that its configuration does not announce: {_few(dropped)}. "
                 "Without them the model would compute something else: restore its config.json."
+            )
+
+    def _warn_of_impossible_ends(self, path: str):
+        ends, size = self.generation_config.eos_token_id, self.config.vocab_size
+        tokens = ends if isinstance(ends, list) else [ends]
+        if not all(token is None or (type(token) is int and 0 <= token < size) for token in tokens):
+            logger.warning(
+                f"The generation settings of `{path}` have `eos_token_id={ends!r}`, which is not in the vocabulary of "
+                f"{size} tokens: no text ends there. Set `model.generation_config.eos_token_id`, and save the model."
             )
 
     def _resolve_parallel_plans(self, distributed_config):

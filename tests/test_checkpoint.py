@@ -265,6 +265,19 @@ def test_token_ids_out_of_range_are_named(model, token):
         model(torch.tensor([[5, token, 6]]))
 
 
+@pytest.mark.parametrize("token", [-1, 99, [2, 99], "</s>", None, 2, [2, 3], []])
+def test_an_end_of_text_that_no_vocabulary_has_is_warned_of_when_it_is_loaded(model, tmp_path, monkeypatch, token):
+    warnings = []
+    monkeypatch.setattr(modeling_coe.modeling_coe.logger, "warning", warnings.append)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": token}))
+    loaded = modeling_coe.CoEForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == token
+    possible = [None, 2, [2, 3], []]
+    assert len(warnings) == (token not in possible) and all(f"`eos_token_id={token!r}`" in text for text in warnings)
+
+
 def test_empty_input_is_refused(model):
     for shape in ((1, 0), (0, 4)):
         with pytest.raises(ValueError, match="holds no token"):

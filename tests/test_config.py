@@ -168,6 +168,8 @@ def test_impossible_tokens_and_labels_are_refused_where_they_are_typed(field, va
         stored = json.loads((tmp_path / "config.json").read_text()) | {field: value}
         (tmp_path / "config.json").write_text(json.dumps(stored))
         assert getattr(CoEConfig.from_pretrained(tmp_path), field) == value
+        with pytest.raises(ValueError, match=f"`{field}="):
+            CoEConfig.from_pretrained(tmp_path, **{field: value})
 
 
 def test_tokens_of_their_own_are_no_misspelling(monkeypatch):
