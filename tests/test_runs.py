@@ -49,12 +49,15 @@ def test_no_script_writes_into_the_folder_of_its_model_or_of_another_one(script,
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune], ids=lambda script: script.__name__)
-def test_no_run_starts_in_a_folder_with_somebody_s_files_or_above_its_model(script, model, tmp_path):
+def test_no_run_starts_in_a_folder_with_somebody_s_files_or_around_its_model(script, model, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds thesis.tex and no run.json.*new or empty folder"):
         script.main([*TRAINING, "--model", str(model), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="is or holds `model="):
         script.main([*TRAINING, "--model", str(model), "--output_dir", str(model.parent)])
+    with pytest.raises(ValueError, match=r"is inside `model=.*choose another"):
+        script.main([*TRAINING, "--model", str(model), "--output_dir", str(model / "tuned")])
+    assert not (model / "tuned").exists()
     assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 

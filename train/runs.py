@@ -39,13 +39,15 @@ def run_folder(folder: Path, model: str) -> Iterator[None]:
     """Hold `folder` for a training run that starts from `model`; leftovers of a killed one are named and removed.
 
     Raises:
-        ValueError: the folder holds something else than a run, or the model that the run would start from.
+        ValueError: the folder holds something else than a run, or lies around or inside the model it would start from.
         OSError: the folder cannot be created or written, or another process has it.
     """
-    source = Path(model).resolve()
-    if folder.resolve() in (source, *source.parents) and source.is_dir():
+    source, target = Path(model).resolve(), folder.resolve()
+    is_above, is_inside = source.is_relative_to(target), target.is_relative_to(source)
+    if source.is_dir() and (is_above or is_inside):
         raise ValueError(
-            f"`output_dir={folder}` is or holds `model={model}`, which the run would overwrite; choose another folder."
+            f"`output_dir={folder}` {'is or holds' if is_above else 'is inside'} `model={model}`, and a run needs a "
+            "folder of its own; choose another one."
         )
     others = [path.name for path in folder.glob("*") if path.name not in (PARTIAL, LOCK)] if folder.is_dir() else []
     if others and not _is_record(folder / RECORD):
