@@ -109,7 +109,7 @@ class RouterBalance:
             # N times the mean's excess over an expert, in whole numbers, so that all ranks find the same sign.
             bias[:, :N] += self.rate * torch.sign(experts.sum(-1, keepdim=True) - N * experts)
             if null > 0:
-                wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.double)
+                wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.float)
                 bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)
             counts.zero_()
 

@@ -8,10 +8,11 @@ import transformers
 from conftest import build, tokens
 from datasets import Dataset
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_coe import CoEForCausalLM
-from modeling_coe.balancing import BIAS, RouterBalance, RouterBiasCallback
+from modeling_coe.balancing import BIAS, RouterBalance, RouterBiasCallback, calibrate_expert_budget
 
 
 BIASED = {"router_bias": True, "router_aux_loss_coef": 0.0}
@@ -112,6 +113,23 @@ def test_packed_rows_count_without_their_padding():
     balance = RouterBalance(model)
     model(ids, position_ids=torch.arange(12)[None] % 5, labels=labels)
     assert counts_of(balance).sum() == 9 * 2 * 3 * 2
+
+
+def test_nothing_needs_float64_which_apple_s_gpus_lack():
+    class Device(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **kwargs or {})
+            assert not isinstance(output, torch.Tensor) or output.dtype != torch.float64, function
+            return output
+
+    model = build(router_bias=True, num_null_experts=2, expert_budget=1.5).train()
+    balance, ids = RouterBalance(model), tokens(2, 16)
+    with Device():
+        model(ids, labels=ids).loss.backward()
+        balance.step()
+        calibrate_expert_budget(model, [{"input_ids": ids}])
+        model(ids, expert_budget=1.2)
+    balance.remove()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -332,7 +332,8 @@ def losses(
         position = torch.arange(1, targets.shape[1] + 1, device=model.device)
         answers = counted & (position >= torch.tensor(starts, device=model.device)[:, None])
         for row, mask in enumerate((counted, answers)):
-            totals[row] += torch.stack([scores[mask].double().sum(), mask.sum().double()]).cpu()
+            # Apple's GPUs have no float64.
+            totals[row] += torch.stack([scores[mask].cpu().double().sum(), mask.sum().cpu().double()])
     model.train(was_training)
     whole, answers = (totals[:, 0] / totals[:, 1]).tolist()
     return {"validation_loss": whole} | ({"answer_loss": answers} if "prompt" in documents.column_names else {})
