@@ -114,8 +114,9 @@ def upcycle(
             layer kept becomes a chain: C is one number for the whole model. Fewer than all (`None`) **do not
             preserve** the function.
         layers_per_pool (`int`): g, so many consecutive layers share one pool of experts, the mean of theirs: expert
-            i of the pool is the mean of the layers' experts i. Above 1 it **does not preserve** the function, and
-            needs training to heal.
+            i of the pool is the mean of the layers' experts i, which healed better than taking them in turns
+            (model_cards/studies/pooling_gsm8k.json). Above 1 it **does not preserve** the function, and needs training
+            to heal.
         seed (`int`): of all noise; a tensor's noise depends on the seed and its name alone.
         max_shard_size (`int` or `str`): size of an output file.
         overwrite (`bool`): replace an existing `output`, if an earlier conversion wrote it and nothing in it changed.

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways in which the study joins the pools of two layers."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build
@@ -45,3 +48,10 @@ def test_each_expert_keeps_its_row_of_the_router(source, tmp_path, way, experts)
             for user in (pool, pool + 1):
                 row = result[f"model.layers.{user}.mlp.gate.weight"][0, index]
                 torch.testing.assert_close(row, weights[f"{origin}.gate.weight"][0, old])
+
+
+def test_what_upcycle_does_healed_best_of_what_halves_the_experts_with_every_seed():
+    result = Path(__file__).parents[2] / "model_cards" / "studies" / "pooling_gsm8k.json"
+    runs = json.loads(result.read_text())["runs"]
+    losses = {(run["name"], run["seed"]): run["validation_loss"] for run in runs}
+    assert all(losses["mean", seed] < losses["alternate", seed] for seed in (0, 1))

@@ -29,6 +29,7 @@ from modeling_coe.train.studies.healing import HealingArguments, pretrain, split
 
 
 LAYERS = 2  # that share a pool
+QUESTION = "How should the pools of two layers become one?"
 
 
 @dataclass
@@ -73,7 +74,13 @@ def main():
     settings = {
         name: value for name, value in vars(arguments).items() if name not in ("data", "output_dir", "results")
     }
-    facts = {"settings": settings, "mean_validation_loss": means, "runs": runs, **environment(torch.device("cpu"))}
+    facts = {
+        "question": QUESTION,
+        "settings": settings,
+        "mean_validation_loss": means,
+        "runs": runs,
+        **environment(torch.device("cpu")),
+    }
     write_json(Path(arguments.results), facts)
     print(means)
 

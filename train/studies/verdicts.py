@@ -17,11 +17,13 @@ import yaml
 from modeling_coe import CoEConfig
 from modeling_coe.budget import count_expert_combinations, equal_compute_moe
 from modeling_coe.train.report import save_picture
+from modeling_coe.train.studies.reproduce import T_95
 
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "studies"
 TABLES = ROOT / "configuration" / "studies"
+LARGEST_ERROR = 0.01  # nats
 
 
 def main():
@@ -45,6 +47,7 @@ def render() -> str:
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
+        instruments=[judge_scale(name, result) for name, result in losses.items() if name.startswith("instrument_")],
         search=read_results("search")["search.json"],
         routings=read_results("routing"),
         others=read_results("others"),
@@ -70,9 +73,33 @@ def kind_of(name: str, result: dict) -> str:
 
 
 def judged(results: dict[str, dict]) -> list[dict]:
-    """The claims of all results, each with the scale at which it was judged, and a number."""
-    claims = [claim | {"scale": scale_of(name)} for name, result in results.items() for claim in result["claims"]]
+    """The claims of all results, each with the scale at which it was judged, its verdict in words, and a number."""
+    claims = [
+        claim | {"scale": scale_of(name), "words": words_of(claim, result["rows"])}
+        for name, result in results.items()
+        for claim in result["claims"]
+    ]
     return [claim | {"number": number} for number, claim in enumerate(claims, 1)]
+
+
+def words_of(claim: dict, rows: dict) -> str:
+    row = claim["row"] if isinstance(claim["row"], str) else claim["row"][0]
+    seeds = rows[row].get("runs", ())
+    return f"not decided by {len(seeds)} seeds" if claim["verdict"] == "undecided" else claim["verdict"]
+
+
+def judge_scale(name: str, result: dict) -> dict:
+    """Whether a scale can tell experts, active experts and layers apart, as configuration/studies/instrument.yaml asks:
+    all its claims supported, and no standard error above `LARGEST_ERROR`."""
+    seeds = len(result["scale"]["seeds"])
+    errors = [(claim["interval"][1] - claim["interval"][0]) / 2 / T_95[seeds] for claim in result["claims"]]
+    is_decided = all(claim["verdict"] == "supported" for claim in result["claims"])
+    return {
+        "scale": scale_of(name),
+        "claims": result["claims"],
+        "standard_error": max(errors),
+        "counts": is_decided and max(errors) <= LARGEST_ERROR,
+    }
 
 
 def plot_differences(claims: list[dict], path: Path):
@@ -92,7 +119,13 @@ def plot_differences(claims: list[dict], path: Path):
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], color=color, marker="o") for color in colors.values()]
-    figure.legend(handles, colors, loc="outside upper center", ncols=len(colors), frameon=False)
+    figure.legend(
+        handles,
+        ("supported", "contradicted", "not decided"),
+        loc="outside upper center",
+        ncols=len(colors),
+        frameon=False,
+    )
     save_picture(figure, path)
 
 
