@@ -89,8 +89,8 @@ def words_of(claim: dict, rows: dict) -> str:
 
 
 def judge_scale(name: str, result: dict) -> dict:
-    """Whether a scale can tell experts, active experts and layers apart, as configuration/studies/instrument.yaml asks:
-    all its claims supported, and no standard error above `LARGEST_ERROR`."""
+    """Whether a scale can tell experts, active experts and layers apart, by the rule in its table instrument.yaml: all
+    claims supported, and no standard error above `LARGEST_ERROR`."""
     seeds = len(result["scale"]["seeds"])
     errors = [(claim["interval"][1] - claim["interval"][0]) / 2 / T_95[seeds] for claim in result["claims"]]
     is_decided = all(claim["verdict"] == "supported" for claim in result["claims"])
