@@ -365,6 +365,12 @@ def test_the_page_says_of_the_iterations_what_was_recorded():
         assert sum(revisits) / len(revisits) < 1.2 * routing["revisits_if_choices_were_independent"]
 
 
+def test_the_first_look_that_failed_is_recorded():
+    runs = json.loads((RESULTS / "runs" / "wide.json").read_text()).values()
+    assert {4.3719, 4.3905} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}
+    assert "-0.019, one seed: 4.3719 and [4.3905]" in verdicts.render()
+
+
 def test_results_and_pictures_stay_below_600_kilobytes():
     assert sum(path.stat().st_size for path in RESULTS.parent.rglob("*") if path.is_file()) < 600_000
 

@@ -47,6 +47,7 @@ def render() -> str:
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
+        largest_error=LARGEST_ERROR,
         instruments=[judge_scale(name, result) for name, result in losses.items() if name.startswith("instrument_")],
         search=read_results("search")["search.json"],
         routings=read_results("routing"),
@@ -96,7 +97,7 @@ def judge_scale(name: str, result: dict) -> dict:
     is_decided = all(claim["verdict"] == "supported" for claim in result["claims"])
     return {
         "scale": scale_of(name),
-        "claims": result["claims"],
+        "claims": [claim | {"words": words_of(claim, result["rows"])} for claim in result["claims"]],
         "standard_error": max(errors),
         "counts": is_decided and max(errors) <= LARGEST_ERROR,
     }
