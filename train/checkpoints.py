@@ -150,7 +150,7 @@ class ShardedCheckpoints:
 
     Trainer (5.23) cannot save the optimizer of `from_pretrained(distributed_config=...)`, and refuses. Here each
     rank writes its part with torch's distributed checkpoint, which any number of ranks can read. The weights are the
-    usual safetensors; whoever resumes builds the model from them.
+    usual safetensors; whoever resumes builds the model from them. And an evaluation counts every row once.
     """
 
     def __init__(self, *args, **kwargs):
@@ -159,6 +159,19 @@ class ShardedCheckpoints:
         kwargs["args"].save_only_model = wanted or self.is_sharded_at_load
         super().__init__(*args, **kwargs)
         self.args.save_only_model = wanted
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.gather_function = self._gather_once
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_once(self, rows: torch.Tensor) -> torch.Tensor:
+        """`Accelerator.gather_for_metrics` (1.15), without the copies of the ranks that share matrices and rows."""
+        mesh, state = self.accelerator.torch_device_mesh, self.accelerator.gradient_state
+        copies = mesh["tp"].size() if mesh is not None and "tp" in mesh.mesh_dim_names else 1
+        gathered = self.accelerator.gather(rows)
+        if copies > 1:
+            gathered = gathered.unflatten(0, (self.args.world_size, -1))[::copies].flatten(0, 1)
+        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def create_optimizer(self, *args, **kwargs):
         # A forward pass before training leaves the last weights gathered; the optimizer has to hold the shards.
