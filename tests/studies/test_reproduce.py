@@ -365,6 +365,15 @@ def test_the_page_says_of_the_iterations_what_was_recorded():
         assert sum(revisits) / len(revisits) < 1.2 * routing["revisits_if_choices_were_independent"]
 
 
+def test_what_the_page_advises_in_words_is_what_was_recorded():
+    rows = json.loads((RESULTS / "balancing_tiny.json").read_text())["rows"]
+    dead = {name: max(verdicts.health_of(row["runs"], "dead_experts")) for name, row in rows.items()}
+    assert dead["bias"] == 0 and dead["no balancing"] == pytest.approx(0.083, abs=0.001)
+    assert "no expert dead where no balancing left up to 8 %" in verdicts.render()
+    quality = json.loads((RESULTS / "low_bits.json").read_text())["quality"].values()
+    assert all(abs(bits["change"]) < 0.001 for model in quality for bits in model["results"].values())
+
+
 def test_the_first_look_that_failed_is_recorded():
     runs = json.loads((RESULTS / "runs" / "wide.json").read_text()).values()
     assert {4.3719, 4.3905} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}

@@ -76,7 +76,7 @@ def kind_of(name: str, result: dict) -> str:
 def judged(results: dict[str, dict]) -> list[dict]:
     """The claims of all results, each with the scale at which it was judged, its verdict in words, and a number."""
     claims = [
-        claim | {"scale": scale_of(name), "words": words_of(claim, result["rows"])}
+        claim | {"file": name, "scale": scale_of(name), "words": words_of(claim, result["rows"])}
         for name, result in results.items()
         for claim in result["claims"]
     ]
