@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import SMALL, build, whitespace_tokenizer
 
+from modeling_coe.modeling_coe import CoETopKRouter
 from modeling_coe.train import pretrain
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
-from modeling_coe.train.studies import reproduce, verdicts
+from modeling_coe.train.studies import forms, reproduce, verdicts
 from modeling_coe.train.studies.reproduce import Claim, MemoryClaim, ReproduceArguments
 
 
@@ -151,6 +153,35 @@ def test_variants_start_with_the_same_weights_where_they_have_the_same_modules()
 def test_a_checkpoint_is_not_drawn_anew(tmp_path):
     with pytest.raises(ValueError, match=r"draw_by_name.*has weights"):
         pretrain.build_model(ModelArguments(model=str(tmp_path)), None, 8, None, None, draw_seed=0)
+
+
+def test_a_form_is_trained_by_its_own_script(tmp_path, trained, monkeypatch):
+    commands, run = [], reproduce.subprocess.run
+
+    def remember(command, **kwargs):
+        commands.append(command[1:3])
+        return run([command[0], "forms.py", *command[3:]] if "forms.py" in command[1] else command, **kwargs)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=remember, STDOUT=None))
+    run_table(tmp_path, TABLE.replace("num_experts_per_tok: 8}", "num_experts_per_tok: 8, form: normalised_router}"))
+    scripts = [Path(script).name for script, _ in commands]
+    assert scripts.count("forms.py") == scripts.count("pretrain.py") == 5
+    assert {form for script, form in commands if script.endswith("forms.py")} == {"normalised_router"}
+
+
+def test_the_normalised_router_sees_directions_alone(monkeypatch):
+    monkeypatch.setattr(CoETopKRouter, "__init__", CoETopKRouter.__init__)
+    monkeypatch.setattr(CoETopKRouter, "logits", CoETopKRouter.logits)
+    plain = build()
+    forms.FORMS["normalised_router"]()
+    gate = build().model.layers[0].mlp.gate
+    states = torch.randn(9, SMALL["hidden_size"], generator=torch.Generator().manual_seed(0))
+    expected = 5 * F.cosine_similarity(states[:, None], gate.weight[1][None], dim=-1)
+    with torch.no_grad():
+        gate.logit_scale.fill_(5)
+    torch.testing.assert_close(gate.logits(states, 1), expected)
+    torch.testing.assert_close(gate.logits(3 * states, 1), expected)
+    assert "logit_scale" not in dict(plain.model.layers[0].mlp.gate.named_parameters())
 
 
 def test_a_run_that_fails_names_its_log_and_leaves_the_others(tmp_path, trained, monkeypatch):

@@ -6,9 +6,9 @@
         --scale cpu --dataset path/to/gsm8k
 
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
-times the steps, `recipe:` overrides its recipe, `budget: 2` scores its run at two experts a token and iteration and
-`bits: 4` with its experts in four bits. Each learning rate is tried with the first seed; the one with the lowest
-validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
+times the steps, `recipe:` overrides its recipe, `form:` is one of forms.py, `budget: 2` scores its run at two experts
+a token and iteration and `bits: 4` with its experts in four bits. Each learning rate is tried with the first seed; the
+one with the lowest validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again, nor what `<results_dir>/runs/<scale>.json` records of runs on another machine. Writes
 `<results_dir>/<table>_<scale>.json`, and a picture if the table asks for one.
@@ -167,6 +167,7 @@ class Variant:
     recipe: dict
     budget: float | None = None
     bits: int | None = None
+    form: str | None = None
 
     @property
     def is_scored(self) -> bool:
@@ -270,13 +271,15 @@ def build_variant(row: dict, scale: Scale) -> Variant:
     """
     fields = dict(row)
     depth, length = fields.pop("depth", 1), fields.pop("length", 1)
-    scored = {name: fields.pop(name) for name in ("budget", "bits") if name in fields}
+    others = {name: fields.pop(name) for name in ("budget", "bits", "form") if name in fields}
     recipe = lengthen(scale.recipe, length) | fields.pop("recipe", {})
     preset = json.loads(Path(recipe["model"]).read_text(encoding="utf-8")) | scale.fields
     if unknown := (fields | scale.fields).keys() - CoEConfig.__dataclass_fields__.keys():
-        others = "`depth`, `length`, `budget`, `bits` or `recipe`"
-        raise ValueError(f"{sorted(unknown)} are no fields of CoEConfig, nor {others}.")
-    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe, **scored)
+        raise ValueError(
+            f"{sorted(unknown)} are no fields of CoEConfig, nor one of `depth`, `length`, `recipe`, `form`, `budget`, "
+            "`bits`."
+        )
+    return Variant(preset | {"num_hidden_layers": depth * preset["num_hidden_layers"]} | fields, recipe, **others)
 
 
 def lengthen(recipe: dict, factor: int) -> dict:
@@ -350,8 +353,7 @@ def compete(
 def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Path | None) -> dict:
     """One run of train/pretrain.py, unless its folder or `record` has the finished run; what became of it."""
     identity = [variant.preset, variant.recipe, rate, seed]
-    if corpus := hash_of_corpus(variant.recipe["dataset"]):
-        identity.append(corpus)
+    identity += [what for what in (hash_of_corpus(variant.recipe["dataset"]), variant.form) if what]
     folder = output / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     recorded = read_record(record) if record and not variant.is_scored else {}
     if folder.name in recorded:
@@ -385,7 +387,9 @@ def train(variant: Variant, rate: float, seed: int, folder: Path):
             "model": preset, "output_dir": folder, "learning_rate": rate, "seed": seed, "disable_tqdm": True,
             "report_to": "none",
         }  # fmt: skip
-        command = [sys.executable, str(Path(__file__).parents[1] / "pretrain.py")]
+        studies = Path(__file__).parent
+        script = [studies.parent / "pretrain.py"] if variant.form is None else [studies / "forms.py", variant.form]
+        command = [sys.executable, *map(str, script)]
         for key, value in options.items():
             command += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
         with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
