@@ -15,7 +15,7 @@ Shape letters: T tokens, N experts, K experts per token, R routers of one module
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from numbers import Real
 from weakref import WeakSet
@@ -25,10 +25,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from .modeling_coe import BUDGET_STEPS, CoETopKRouter, routed_tokens
+from .modeling_coe import BIAS, BUDGET_STEPS, CoETopKRouter, routed_tokens, warn_of_lost_biases
 
 
-BIAS = "e_score_correction_bias"
 # The routers that a `RouterBalance` moves.
 _BALANCED = WeakSet()
 # The balances of the trainings that have begun and not ended, as when a user interrupts one.
@@ -74,6 +73,7 @@ class RouterBalance:
             if not isinstance(module, CoETopKRouter)
         }
         _BALANCED.update(self.routers.values())
+        warn_of_lost_biases(model)
         self.counts = {
             name: torch.zeros_like(_rows(module), dtype=torch.long) for name, module in self.routers.items()
         }
@@ -192,13 +192,18 @@ def calibrate_expert_budget(model: PreTrainedModel, batches: Iterable[dict[str, 
     Raises:
         ValueError: a model without null experts, or no batches.
     """
-    config, batches = model.config, list(batches)
+    config, batches = model.config, list(batches or ())
     if not getattr(config, "num_null_experts", 0):
         raise ValueError(f"{type(model).__name__} has no null experts: there is no budget to calibrate.")
-    if not batches:
-        raise ValueError("`batches` is empty; pass at least one batch of the model's inputs.")
+    if not batches or not all(isinstance(batch, Mapping) for batch in batches):
+        kinds = sorted({type(batch).__name__ for batch in batches})
+        raise ValueError(
+            f"`batches` has {kinds or 'nothing'} in it; pass a list of at least one dict of model inputs."
+        )
     low, high = config.smallest_expert_budget, config.num_experts_per_tok
     gates = [module for module in model.modules() if isinstance(module, CoETopKRouter)]
+    warn_of_lost_biases(model)
+    before = [gate.null_bias_of_budget.clone() for gate in gates]
     was_training = model.training
     model.eval()
     try:
@@ -215,6 +220,10 @@ def calibrate_expert_budget(model: PreTrainedModel, batches: Iterable[dict[str, 
                 finally:
                     for hook in hooks:
                         hook.remove()
+    except BaseException:
+        for gate, table in zip(gates, before, strict=True):
+            gate.null_bias_of_budget.copy_(table)
+        raise
     finally:
         model.train(was_training)
 
@@ -228,6 +237,8 @@ def _store_quantile(
     margins = _null_margins(gate, gate.logits(hidden_states, iteration), router)
     if weight is not None:
         margins = margins[weight.reshape(-1).to(margins.device).bool()]
+        if margins.numel() == 0:
+            raise ValueError("A batch of `batches` is padding alone; leave it out.")
     quantiles[gate, router].append(torch.quantile(margins.flatten(), 1 - step / (BUDGET_STEPS - 1)))
     gate.null_bias_of_budget[router, step] = torch.stack(quantiles[gate, router]).mean()
 

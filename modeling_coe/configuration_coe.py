@@ -170,8 +170,8 @@ class CoEConfig(PreTrainedConfig):
     def __setattr__(self, key, value):
         if key in ("rope_theta", "rope_scaling") and key not in self.__dict__:
             raise ValueError(
-                f"CoEConfig: `{key}={value!r}` has no effect on a configuration that exists; change "
-                "`rope_parameters`, or pass it when the configuration is created."
+                f"CoEConfig: `{key}={value!r}` has no effect on a configuration that exists, such as a checkpoint's; "
+                "change `rope_parameters`, a dict with `rope_type` and `rope_theta`."
             )
         # transformers' own code sets what other models have; another model's name for a field is only warned of.
         if not hasattr(type(self), key):

@@ -63,6 +63,7 @@ LOADING = RLock()
 
 # The budgets for which a router's null bias is stored; between two of them it is interpolated.
 BUDGET_STEPS = 17
+BIAS = "e_score_correction_bias"
 # The fields that a model reads once, when it is built.
 BUILT_FROM = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -337,6 +338,8 @@ class CoERotaryEmbedding(nn.Module):
         self.original_max_seq_len = config.max_position_embeddings
         # Computed anew whenever the model moves, and from what it was built from.
         self.config = deepcopy(config)
+        # Where it is None, transformers' scaled rotations would calculate with it.
+        self.config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         self.rope_type = config.rope_parameters["rope_type"]
         self.inv_freq = nn.Buffer(torch.empty(0), persistent=False)
         self.original_inv_freq = nn.Buffer(torch.empty(0), persistent=False)
@@ -368,8 +371,7 @@ class CoERotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: CoEConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `theta^(-2i/d)`, `[head_dim / 2]`, and the attention factor 1 (arXiv 2104.09864)."""
-        dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        exponent = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
 
     @torch.no_grad()
@@ -582,6 +584,8 @@ class CoEPreTrainedModel(PreTrainedModel):
             loading_info["missing_keys"] or loading_info["unexpected_keys"]
         ):
             cls._compare_with_configuration(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("expert_budget") is not None and model._is_calibrated():
+            model.set_expert_budget(kwargs["expert_budget"])
         if model.can_generate():
             model._warn_of_impossible_ends(pretrained_model_name_or_path)
         return (model, loading_info) if output_loading_info else model
@@ -614,7 +618,8 @@ class CoEPreTrainedModel(PreTrainedModel):
         if lost:
             raise ValueError(
                 f"The weights of `{path}` lack {len(lost)} tensors that its configuration announces: {_few(lost)}. "
-                "They would be random: download, convert or save the checkpoint again."
+                "They would be random: download, convert or save the checkpoint again, or load it while no other "
+                "thread loads a model."
             )
         known = {key.removeprefix(prefix) for key in announced.state_dict()}
         unknown = {key for key in loading_info["unexpected_keys"] if key.removeprefix(prefix) not in known}
@@ -681,7 +686,11 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     def _compare_with_built(self):
         """What a model was built from may not have changed: the file would be another model, or none."""
-        for name, value in self.base_model.built_from.items():
+        built_from = self.base_model.built_from
+        # CODEPATH: layers with a pool of their own may have been taken out, those that share one may not
+        if self.config.layers_per_pool == 1:
+            built_from = built_from | {"num_hidden_layers": len(self.base_model.layers)}
+        for name, value in built_from.items():
             if (changed := getattr(self.config, name)) != value:
                 raise ValueError(
                     f"`config.{name}={changed!r}` was {value!r} when this model was built: the file would be another "
@@ -705,11 +714,12 @@ class CoEPreTrainedModel(PreTrainedModel):
             ValueError: no null experts, a budget outside what they allow, or one that was not calibrated.
         """
         self._check_expert_budget(expert_budget)
+        warn_of_lost_biases(self)
         self.config.expert_budget = float(expert_budget)
         for gate in self._routers():
             null = gate.e_score_correction_bias[:, gate.num_experts :]
             for router in range(null.shape[0]):
-                null[router] = gate.null_bias(router, expert_budget)
+                null[router] = gate.null_bias(router, float(expert_budget))
 
     def _routers(self) -> list[CoETopKRouter]:
         return [module for module in self.modules() if isinstance(module, CoETopKRouter)]
@@ -719,11 +729,19 @@ class CoEPreTrainedModel(PreTrainedModel):
         is_extreme = expert_budget in (self.config.smallest_expert_budget, self.config.num_experts_per_tok)
         if is_extreme or torch.compiler.is_compiling():
             return
-        if not next(gate.null_bias_of_budget for gate in self._routers()).any():
+        if not self._is_calibrated():
             raise ValueError(
                 f"`expert_budget={expert_budget}` is not calibrated in this model: call "
                 "`modeling_coe.balancing.calibrate_expert_budget(model, batches)` once, and save the model."
             )
+
+    def _is_calibrated(self) -> bool:
+        table = next((gate.null_bias_of_budget for gate in self._routers()), None)
+        if table is not None and table.is_meta:
+            raise ValueError(
+                "The routers' table of budgets is offloaded: load the model without `offload_buffers=True`."
+            )
+        return table is not None and bool(table.any())
 
     def _warn_of_unbalanced_routers(self, where: str):
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -754,6 +772,11 @@ class CoEPreTrainedModel(PreTrainedModel):
 class CoEModel(CoEPreTrainedModel):
     def __init__(self, config: CoEConfig):
         super().__init__(config)
+        if config.model_type != CoEConfig.model_type:
+            raise ValueError(
+                f"`config` is a {type(config).__name__}, and a CoE is built from a CoEConfig; `modeling_coe.upcycle` "
+                "converts checkpoints of other models."
+            )
         config.check()
         config.check_pad_token()
         self.built_from = {name: deepcopy(getattr(config, name)) for name in BUILT_FROM}
@@ -812,6 +835,7 @@ class CoEModel(CoEPreTrainedModel):
         """
         if expert_budget is not None:
             self._check_expert_budget(expert_budget)
+            expert_budget = float(expert_budget)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
@@ -873,7 +897,7 @@ class CoEModel(CoEPreTrainedModel):
 
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """The embedded tokens, or a readable error where the lookup on CPU raises an IndexError."""
-        if input_ids.numel() == 0:
+        if isinstance(input_ids, torch.Tensor) and input_ids.numel() == 0:
             raise ValueError(f"`input_ids` of shape {tuple(input_ids.shape)} holds no token; pass at least one.")
         try:
             return self.embed_tokens(input_ids)
@@ -886,6 +910,18 @@ class CoEModel(CoEPreTrainedModel):
                 f"`input_ids` holds token id {outside[0]}, outside the embedding of {size} tokens. Use the model's "
                 "own tokenizer, or `model.resize_token_embeddings(len(tokenizer))`."
             ) from error
+
+
+def warn_of_lost_biases(model: nn.Module):
+    """Where the biases of routers are to change: an adapter's file has them only if it has the whole routers."""
+    is_adapted = any(hasattr(module, "merged_adapters") for module in model.modules())
+    if is_adapted and not any(
+        ".modules_to_save." in name and name.endswith(BIAS) for name, _ in model.named_buffers()
+    ):
+        logger.warning(
+            "The adapter of this model does not hold its routers, so its file will lose the biases that change now. "
+            "Adapt it with `lora_config(model, router='full')`, or save the merged model."
+        )
 
 
 def routed_tokens(

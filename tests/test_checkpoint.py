@@ -370,6 +370,21 @@ def test_a_field_that_changed_after_building_is_not_saved_with_the_old_model(fie
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_model_whose_layers_were_taken_out_is_saved_unless_they_share_pools(tmp_path):
+    model, ids = build(num_hidden_layers=3), tokens(1, 5)
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 2
+    expected = model(ids, use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    loaded = modeling_coe.CoEForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids, use_cache=False).logits, expected)
+    shared = build(num_hidden_layers=4, layers_per_pool=2)
+    del shared.model.layers[2:]
+    shared.config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="num_hidden_layers=2` was 4"):
+        shared.save_pretrained(tmp_path / "shared")
+
+
 def test_vocabulary_and_padding_of_a_saved_model_are_those_of_its_embedding(tmp_path):
     model = build()
     model.config.vocab_size = 120

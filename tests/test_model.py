@@ -478,6 +478,24 @@ ROPES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("rope", ["default", "dynamic", "yarn"])
+def test_every_rotation_works_without_a_head_dim(rope):
+    """Which is then hidden_size / num_attention_heads, as everywhere else."""
+    default = build(rope_parameters=ROPES[rope])
+    heads = default.config.num_attention_heads
+    expected = build(rope_parameters=ROPES[rope], head_dim=SMALL["hidden_size"] // heads)
+    ids = tokens(1, 40)
+    assert default.config.head_dim is None
+    torch.testing.assert_close(default(ids).logits, expected(ids).logits, rtol=0, atol=0)
+
+
+def test_the_configuration_of_another_model_is_refused_by_name(tmp_path):
+    build().save_pretrained(tmp_path)
+    for make in (CoEForCausalLM, CoEModel, lambda config: CoEForCausalLM.from_pretrained(tmp_path, config=config)):
+        with pytest.raises(ValueError, match=r"`config` is a MixtralConfig.*upcycle"):
+            make(MixtralConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2))
+
+
 @pytest.mark.parametrize("rope", ROPES)
 def test_no_cast_and_no_empty_memory_spoils_the_rotation(rope):
     config = build(CoEModel, rope_parameters=ROPES[rope], head_dim=8).config

@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_compiled_and_exported_equal_eager, assert_equals_the_naive_decoder, build, tokens
 
-from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, downcycle, experts_coe
+import modeling_coe
+from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, downcycle, experts_coe, lora_config
 from modeling_coe.balancing import RouterBalance, calibrate_expert_budget
 
 
@@ -174,6 +177,10 @@ def test_a_budget_that_was_set_is_saved_and_is_that_of_a_call(tmp_path):
     assert loaded.config.expert_budget == 1.25
     torch.testing.assert_close(loaded(ids).logits, expected)
     torch.testing.assert_close(loaded(ids, expert_budget=0.5).logits, model(ids, expert_budget=0.5).logits)
+    model.set_expert_budget(0.5)
+    asked = CoEForCausalLM.from_pretrained(tmp_path, expert_budget=0.5)
+    assert asked.config.expert_budget == 0.5
+    torch.testing.assert_close(asked(ids).logits, model(ids).logits)
 
 
 def test_padding_does_not_count_in_the_calibration():
@@ -242,8 +249,12 @@ def test_impossible_budgets_of_a_model_are_refused_by_name():
         model.set_expert_budget(1.5)
     with pytest.raises(ValueError, match="no null experts"):
         calibrate_expert_budget(build(), [{"input_ids": tokens(1, 3)}])
-    with pytest.raises(ValueError, match="`batches` is empty"):
-        calibrate_expert_budget(model, [])
+    row = {"input_ids": tokens(1, 3)}
+    for batches, kinds in (([], "nothing"), (None, "nothing"), (row, "str"), ([tokens(1, 3)], "Tensor")):
+        with pytest.raises(ValueError, match=f"`batches` has .*{kinds}.* in it; pass a list"):
+            calibrate_expert_budget(model, batches)
+    with pytest.raises(ValueError, match="padding alone"):
+        calibrate_expert_budget(model, [row | {"attention_mask": torch.zeros(1, 3, dtype=torch.long)}])
     assert model.config.expert_budget == 2 * 7 / 10
     with pytest.raises(ValueError, match="router_bias=True"):
         downcycle(build(num_iterations=1, **NULL))
@@ -258,8 +269,45 @@ def test_a_budget_that_is_no_number_is_refused_and_any_number_is_saved(budget):
     if budget is not None:
         with pytest.raises(ValueError, match="must be a number in"):
             model(tokens(1, 3), expert_budget=budget)
-    model.set_expert_budget(np.float32(1.5))
-    assert '"expert_budget": 1.5' in model.config.to_json_string()
+    for number in (np.float32(1.5), Fraction(3, 2)):
+        model.set_expert_budget(number)
+        assert '"expert_budget": 1.5' in model.config.to_json_string()
+        assert torch.equal(model(tokens(1, 3), expert_budget=number).logits, model(tokens(1, 3)).logits)
+
+
+def test_a_calibration_that_fails_leaves_the_table_as_it_was():
+    model, good = with_null_experts(), {"input_ids": tokens(2, 32)}
+    bad = {"input_ids": torch.full((1, 4), 1000)}
+    for is_calibrated in (False, True):
+        if is_calibrated:
+            calibrate_expert_budget(model, [good])
+        before = [gate.null_bias_of_budget.clone() for gate in model._routers()]
+        with pytest.raises(ValueError, match="token id 1000"):
+            calibrate_expert_budget(model, [good, bad])
+        assert all(
+            torch.equal(gate.null_bias_of_budget, old) for gate, old in zip(model._routers(), before, strict=True)
+        )
+    with pytest.raises(ValueError, match="offload_buffers"):
+        model.to("meta").set_expert_budget(1.5)
+
+
+@pytest.mark.parametrize("router, is_kept", [("full", True), ("lora", False), ("none", False)])
+def test_biases_that_an_adapter_would_lose_are_warned_of(router, is_kept, tmp_path, monkeypatch):
+    base, ids = with_null_experts(), tokens(2, 9)
+    calibrate_expert_budget(base, [{"input_ids": tokens(4, 32)}])
+    base.save_pretrained(tmp_path / "base")
+    warnings = []
+    monkeypatch.setattr(modeling_coe.modeling_coe.logger, "warning", warnings.append)
+    model = peft.get_peft_model(base, lora_config(base, router=router, r=2)).eval()
+    RouterBalance(model).remove()
+    model.set_expert_budget(0.5)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    assert len(warnings) == (0 if is_kept else 3)
+    assert all("does not hold its routers" in message for message in warnings)
+    model.save_pretrained(tmp_path / "adapter")
+    again = CoEForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    assert torch.allclose(again(ids).logits, model(ids).logits) == is_kept
 
 
 def test_threads_with_budgets_of_their_own_do_not_disturb_each_other():
