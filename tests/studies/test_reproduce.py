@@ -409,6 +409,11 @@ def test_the_first_look_that_failed_is_recorded():
     runs = json.loads((RESULTS / "runs" / "wide.json").read_text()).values()
     assert {4.3719, 4.3905} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}
     assert "-0.019, one seed: 4.3719 and [4.3905]" in verdicts.render()
+    runs = json.loads((RESULTS / "runs" / "capacity.json").read_text()).values()
+    assert {3.1786, 3.4552, 3.197} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}
+    assert (
+        "-0.277, one seed: 3.1786 and [3.4552](runs/capacity.json) | +0.018, one seed: [3.1970]" in verdicts.render()
+    )
 
 
 def test_results_and_pictures_stay_below_600_kilobytes():
