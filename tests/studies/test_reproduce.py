@@ -359,7 +359,7 @@ def test_committed_verdicts_follow_from_the_committed_runs(path):
         result = json.loads(file.read_text())
         size = file.stem.removesuffix("_memory").rpartition("_")[2]
         scale = reproduce.load_scale(ReproduceArguments(table="", scale=size))
-        assert {name: row["config"] for name, row in result["rows"].items()} == {
+        assert {name: result["config"] | row["config"] for name, row in result["rows"].items()} == {
             name: reproduce.build_variant(row, scale).preset for name, row in table.rows.items()
         }
         judge, claims = (

@@ -210,7 +210,9 @@ def main(arguments: list[str] | None = None):
             plot_frontier(rows, output / f"{name}.png")
         elif any(variant.budget is not None for variant in variants.values()):
             plot_dial(rows, output / f"{name}.png")
-    write_json(output / f"{name}.json", describe(options, table, scale) | {"claims": claims, "rows": rows})
+    common, written = split_common(rows)
+    facts = describe(options, table, scale) | {"claims": claims, "config": common, "rows": written}
+    write_json(output / f"{name}.json", facts)
     print_results(rows, claims)
 
 
@@ -229,6 +231,16 @@ def describe(options: ReproduceArguments, table: Table, scale: Scale) -> dict:
         "corpus": hash_of_corpus(scale.recipe["dataset"]),
         "scale": asdict(replace(scale, recipe=scale.recipe | {"dataset": dataset})),
         **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+
+
+def split_common(rows: dict[str, dict]) -> tuple[dict, dict[str, dict]]:
+    """What all rows have in their configurations, and the rows with what they do not have in common."""
+    first, *others = [row["config"].items() for row in rows.values()]
+    common = dict(item for item in first if all(item in other for other in others))
+    return common, {
+        name: row | {"config": {key: value for key, value in row["config"].items() if key not in common}}
+        for name, row in rows.items()
     }
 
 
