@@ -59,7 +59,7 @@ def speed() -> str:
 
 
 def use() -> str:
-    """Five honest lines: what a chain gives and costs, where that was measured, and when to take something else."""
+    """When to take a chain and when Mixtral, what either costs, and where that was measured."""
     suites = {name: suite["results"] for name, suite in result("benchmark_cpu").items()}
     (peak,) = (value for key, value in suites["memory"].items() if key.startswith("peak of a train step"))
     (step,) = (value for key, value in suites["train_step"].items() if key.startswith("train step"))
@@ -68,39 +68,48 @@ def use() -> str:
     at_3m = difference("seeds_tiny", nested, mixtral)
     at_7m = [difference(name, nested, mixtral) for name in ("equal_compute_cpu", "equal_compute_small")]
     at_7m += [claim["difference"] for claim in result("initialisation_small")["claims"]]
-    pools = result("pool_memory_paper")["rows"]["CoE-2(4/64), four layers a pool"]["plain"]
+    paper = result("pool_memory_paper")["rows"]
+    two, four = (
+        paper[f"CoE-2(4/64), {layers} layers a pool"]["plain"]["of_mixtrals_peak"] for layers in ("two", "four")
+    )
+    file = result("low_bits")["files"][chain]["experts int4"]["of bf16"]
     shared = difference("pools_tiny", "CoE-2(4/32), one pool of a quarter", "Mixtral MoE(8/32)")
     return table(
         ("", ""),
         (
-            "What does it give?",
-            f"Chains of experts under Mixtral's names, from the configuration to the Hub. A training step of {chain} "
-            f"needs {peak[chain]['ratio']:.2f}x Mixtral's memory on top of weights and optimizer states, at a speed "
-            f"that is level with it ({step[chain]['ratio']:.2f}x). Where four layers visit one pool, the peak of the "
-            f"whole step is {pools['of_mixtrals_peak']:.2f}x Mixtral's.",
+            "Take it",
+            "to train a mixture of experts in less memory (layers that share a pool: the peak of a step is "
+            f"{two:.2f}x Mixtral's where two share one, {four:.2f}x where four do), to store experts in 4 bits (the "
+            f"file is {file:.2f}x), to let easy tokens compute fewer experts, or to study chains under Mixtral's "
+            "names.",
         ),
         (
-            "What does it cost?",
-            f"Decoding 16 sequences at once runs at {batch[chain]['ratio']:.2f}x Mixtral's speed: two choices of "
-            "four touch more experts than one choice of eight. Four layers on one pool of a quarter of the experts "
-            f"ended {shared:+.2f} nats (natural units of the loss, per token) from Mixtral, which three seeds do not "
-            "decide.",
+            "Take Mixtral",
+            "for the lowest loss from a given compute, and for serving batches: 16 sequences at once decode at "
+            f"{batch[chain]['ratio']:.2f}x its speed, because two choices of four touch more experts than one choice "
+            "of eight. It is here too, as `num_iterations=1`.",
+        ),
+        (
+            "What does training a chain cost?",
+            f"As much time as Mixtral ({step[chain]['ratio']:.2f}x its speed), and {peak[chain]['ratio']:.2f}x its "
+            "memory on top of weights and optimizer states.",
         ),
         (
             "Does a chain learn better?",
-            f"We could not show it. At equal compute and memory, its validation loss ends {at_3m:+.2f} nats from "
-            f"Mixtral's at 2.9 M parameters, and {min(at_7m):+.2f} to {max(at_7m):+.2f} at 7 M, depending on the "
-            "initialisation; where it gains, Mixtral with doubled router weights gains as much.",
+            f"We could not show it. At equal compute and memory, its validation loss ends {at_3m:+.2f} nats (natural "
+            f"units, per token) from Mixtral's at 2.9 M parameters, and {min(at_7m):+.2f} to {max(at_7m):+.2f} at "
+            "7 M, depending on the initialisation; where it gains, Mixtral with doubled router weights gains as much.",
+        ),
+        (
+            "What does a shared pool cost?",
+            f"Four layers on one pool of a quarter of the experts ended {shared:+.2f} nats from Mixtral, which three "
+            "seeds do not decide.",
         ),
         (
             "Where was that measured?",
-            "Loss: models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds. Memory: the paper's "
-            "shape, 636 M. Whether the losses say anything about larger models is open.",
-        ),
-        (
-            "When is Mixtral better?",
-            "For the lowest loss from a given compute, and for serving batches: set `num_iterations=1`, which is "
-            "Mixtral.",
+            "Loss: models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds, at sizes that cannot tell "
+            "numbers of experts apart. Memory: the paper's shape, 636 M. Whether the losses say anything about larger "
+            "models is open.",
         ),
     )
 
