@@ -19,6 +19,10 @@ from accelerate.utils import DistributedType
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    # The store of torch's agent (2.13) still has the addresses of killed ranks, which restarted ones would call.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    port = int(os.environ["MASTER_PORT"]) + 1 + int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    os.environ["MASTER_PORT"] = str(port)
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)
