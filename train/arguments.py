@@ -68,7 +68,7 @@ class ModelArguments:
     @property
     def is_preset(self) -> bool:
         """Whether the model is a configuration without weights."""
-        return Path(self.model).suffix == ".json"
+        return is_preset(self.model)
 
     def load_options(self) -> dict[str, str]:
         """The keyword arguments of `from_config` and `from_pretrained`."""
@@ -104,9 +104,14 @@ def read_config(model: str) -> CoEConfig:
     return AutoConfig.from_pretrained(found)
 
 
+def is_preset(model: str) -> bool:
+    """A configuration's file; a run's folder may be called `x.json` too."""
+    return Path(model).suffix == ".json" and not Path(model).is_dir()
+
+
 def require_weights(model: str):
     """Raise where a script that starts from a checkpoint was given a preset."""
-    if Path(model).suffix == ".json":
+    if is_preset(model):
         raise ValueError(f"`model={model}` is a preset without weights; name a checkpoint, or pretrain it.")
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
 from modeling_coe.folders import changes_since_written, whole_or_nothing, written_about
 from modeling_coe.routing import Routing, plot_routing, record_routing
-from modeling_coe.train.arguments import command_line
+from modeling_coe.train.arguments import command_line, is_preset
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.train.hub import check_login, push, refuse_secrets
 from modeling_coe.train.report import save_picture
@@ -126,7 +126,7 @@ def check_known(options: argparse.Namespace, run: dict, samples: list[dict]):
 
 
 def is_from_scratch(run: dict) -> bool:
-    return Path(run["model"]).suffix == ".json"
+    return is_preset(run["model"])
 
 
 def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, tokenizer, samples: list[dict]) -> dict:
