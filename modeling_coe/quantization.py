@@ -116,6 +116,18 @@ class QuantizedWeight(torch.Tensor):
         groups = self.integers().to(self.dtype).unflatten(-1, (scale.shape[-1], -1))
         return (groups * scale[..., None]).flatten(-2)
 
+    def share_memory_(self) -> "QuantizedWeight":
+        self.values.share_memory_()
+        self.scale.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.values.is_shared() and self.scale.is_shared()
+
+    def storage(self):
+        """Asked for by `safetensors.torch.save_model`; what lies in memory is in two tensors."""
+        raise ValueError(f"One tensor in a file cannot hold {self}: save the model with `save_pretrained`.")
+
     def __repr__(self):
         return (
             f"QuantizedWeight(shape={tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}, device={self.device})"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from test_checkpoint import run_without_the_package
 from transformers import (
     AutoModelForCausalLM,
@@ -403,6 +403,33 @@ for offset in (1, 8, 40):
     assert torch.equal(F.linear(rows, odd), expected)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_processes_can_share_a_quantised_model(bits, folder):
+    """In a process of its own: sharing the memory of the wrapper instead of what it wraps would end this one."""
+    code = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from modeling_coe import QuantizedExpertsConfig
+config = QuantizedExpertsConfig(bits=int(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+ids = torch.arange(1, 8)[None]
+expected = model(ids).logits
+weight = model.model.layers[0].mlp.experts.down_proj
+assert not weight.is_shared()
+model.share_memory()
+assert weight.is_shared() and weight.values.is_shared() and weight.scale.is_shared()
+assert torch.equal(model(ids).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", code, folder / "CoE", str(bits)], check=True, timeout=120)
+
+
+def test_safetensors_alone_refuses_to_save_few_bits(folder, tmp_path):
+    model = load(folder / "CoE", 8)
+    with pytest.raises(ValueError, match=r"cannot hold QuantizedWeight\(shape=.*, bits=8.*: save .* `save_pretrained`"):
+        save_model(model, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
