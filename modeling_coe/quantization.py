@@ -116,6 +116,14 @@ class QuantizedWeight(torch.Tensor):
         groups = self.integers().to(self.dtype).unflatten(-1, (scale.shape[-1], -1))
         return (groups * scale[..., None]).flatten(-2)
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+    def element_size(self) -> float:
+        """Bytes, scales included: a fraction, by which `get_memory_footprint()` multiplies the number of weights."""
+        return self.nbytes / self.numel()
+
     def share_memory_(self) -> "QuantizedWeight":
         self.values.share_memory_()
         self.scale.share_memory_()
@@ -331,8 +339,13 @@ class ExpertsQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args, device_map=None, **kwargs):
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("Weights of few bits are not offloaded to disk; leave `disk` out of the `device_map`.")
+        devices = device_map if isinstance(device_map, dict) else {}
+        on_disk = [name for name, device in devices.items() if device == "disk"]
+        if on_disk:
+            raise ValueError(
+                f"Weights in 8 or 4 bits are not offloaded to disk, where the `device_map` puts {on_disk}: name other "
+                'devices, or allow `device_map="auto"` more `max_memory`, of which it keeps some free for a layer.'
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs):
         self.bits = bits_by_name(model, self.quantization_config)
@@ -340,6 +353,18 @@ class ExpertsQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         return param_name in self.bits
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of a weight, scales included, for `device_map="auto"`; 4 bits as on CPU, where they take most."""
+        width = param.dtype.itemsize
+        if param_name not in self.bits:
+            return width
+        if self.bits[param_name] == 8:
+            return 1 + width / param.shape[-1]
+        group_size, rows, block = self.quantization_config.group_size, param.shape[-2], _block_rows()
+        if block == 0:
+            return 0.5 + width / group_size
+        return (0.5 + 2 * width / group_size) * (rows + -rows % block) / rows
 
     def get_quantize_ops(self):
         return _Quantize(self)

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.integrations.accelerate import compute_module_sizes
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from modeling_coe import (
@@ -124,6 +125,11 @@ def load(path, *config, **options):
     """The model, quantised if a config's values are given."""
     config = {"quantization_config": QuantizedExpertsConfig(*config)} if config else {}
     return AutoModelForCausalLM.from_pretrained(path, **config, **options)
+
+
+def held_bytes(model):
+    inside = [(p.values, p.scale) if isinstance(p, QuantizedWeight) else (p,) for p in model.parameters()]
+    return sum(tensor.nbytes for tensors in inside for tensor in tensors)
 
 
 def rounded(matrix, bits, group_size):
@@ -342,9 +348,7 @@ def test_serving_plan_counts_the_bytes_of_weights_and_cache(model, options, fold
     config = (options["expert_bits"], 32, options.get("rest_bits")) if options else ()
     model = load(folder / model, *config, dtype="bfloat16")
     setup = ServingSetup(batch_size=2, length=7, **options)
-    inside = [(p.values, p.scale) if isinstance(p, QuantizedWeight) else (p,) for p in model.parameters()]
-    held = sum(tensor.nbytes for tensors in inside for tensor in tensors)
-    assert sum(weight_bytes(model.config, setup).values()) == held
+    assert sum(weight_bytes(model.config, setup).values()) == held_bytes(model)
     cache = model(tokens(2, 7), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert serving_memory(model.config, setup)["cache"] == kept
@@ -426,9 +430,40 @@ assert torch.equal(model(ids).logits, expected)
     subprocess.run([sys.executable, "-c", code, folder / "CoE", str(bits)], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("config", [(8,), (4,), (4, 32, 8)])
+@pytest.mark.parametrize("name", ["CoE", "Mixtral"])
+def test_the_footprint_is_the_bytes_of_integers_and_scales(name, config, folder):
+    model = load(folder / name, *config)
+    held = held_bytes(model)
+    assert model.get_memory_footprint(return_buffers=False) == pytest.approx(held)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == held
+
+
+@pytest.mark.parametrize("config", [(8,), (4,), (4, 32, 8)])
+@pytest.mark.parametrize("name", ["CoE", "Mixtral"])
+def test_an_automatic_device_map_counts_few_bits_and_not_full_precision(name, config, folder, tmp_path):
+    """Quantised while loading or read from its own file; what does not fit is refused with the remedy."""
+    pytest.importorskip("accelerate")
+    model = load(folder / name, *config)
+    model.save_pretrained(tmp_path / "quantised")
+    footprint = model.get_memory_footprint()
+    assert compute_module_sizes(model, model.hf_quantizer)[0][""] == pytest.approx(footprint)
+    # Room for the model and, as accelerate wants it, for one of its two layers.
+    memory = {"cpu": round(1.6 * footprint)}
+    options = {"device_map": "auto", "max_memory": memory, "offload_folder": tmp_path / "offload"}
+    for part in (load(folder / name, *config, **options), load(tmp_path / "quantised", **options)):
+        assert {parameter.device.type for parameter in part.parameters()} == {"cpu"}
+        assert torch.equal(part(tokens(2, 5)).logits, model(tokens(2, 5)).logits)
+    memory["cpu"] = round(0.9 * footprint)
+    with pytest.raises(ValueError, match=r"puts \[.*layers.*\]: .* more `max_memory`"):
+        load(folder / name, *config, **options)
+
+
 def test_safetensors_alone_refuses_to_save_few_bits(folder, tmp_path):
     model = load(folder / "CoE", 8)
-    with pytest.raises(ValueError, match=r"cannot hold QuantizedWeight\(shape=.*, bits=8.*: save .* `save_pretrained`"):
+    with pytest.raises(
+        ValueError, match=r"cannot hold QuantizedWeight\(shape=.*, bits=8.*: save .* `save_pretrained`"
+    ):
         save_model(model, tmp_path / "model.safetensors")
 
 
