@@ -46,18 +46,23 @@ class QuantizedWeight(torch.Tensor):
     warns of what that loses.
 
     Args:
-        values: int8 `[N, O, I]`; of 4-bit weights uint8 `[N, O, I / 2]`, or what the kernel made of them (`packed`).
+        values: int8 `[N, O, I]`; of 4-bit weights uint8 `[N, O, I / 2]`, or what the CPU's kernel made of them.
         scale: of a row or of a group in it, `[N, O, groups]`; for the kernel `[N, groups, O, 2]`, zeros beside it.
+        block: rows in a block of that kernel's layout, which differs between CPUs; 0 as in a file.
         update: `(B, A, alpha)` to be added.
     """
 
     @staticmethod
-    def __new__(cls, values, scale, shape, bits, packed=False, update=None):
+    def __new__(cls, values, scale=None, shape=None, bits=None, block=0, update=None, requires_grad=False):
+        if isinstance(values, cls):  # accelerate makes a parameter of what it moved by calling the parameter's class
+            return nn.Parameter(values, requires_grad)
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scale.dtype, device=values.device)
 
-    def __init__(self, values, scale, shape, bits, packed=False, update=None):
+    def __init__(self, values, scale=None, shape=None, bits=None, block=0, update=None, requires_grad=False):
+        if isinstance(values, QuantizedWeight):
+            return
         self.values, self.scale = values, scale
-        self.bits, self.packed, self.update = bits, packed, update
+        self.bits, self.block, self.update = bits, block, update
         self.slices = {}  # kept, for to make one takes half as long as its product with one row
 
     @classmethod
@@ -75,8 +80,10 @@ class QuantizedWeight(torch.Tensor):
         if self.bits == 8 and self.device.type == "cpu":
             self.values = _aligned(self.values)
         rows, block = self.shape[-2], _block_rows() if self.device.type == "cpu" and _has_kernel(self) else 0
-        if self.bits == 8 or self.packed or block == 0:
+        if self.bits == 8 or self.block == block:
             return self
+        if self.block:
+            return self.unpack().pack()
         missing = -rows % block
         values = self.values.new_empty(*self.shape[:-2], rows + missing, self.shape[-1] // 2)
         matrices = [_select(self, expert) for expert in range(len(self))] if self.dim() == 3 else [self]
@@ -86,11 +93,16 @@ class QuantizedWeight(torch.Tensor):
             target.copy_(aten._convert_weight_to_int4pack_for_cpu(integers, 1).view_as(target))
         scale = F.pad(self.scale, (0, 0, 0, missing)).transpose(-1, -2)
         scale = torch.stack([scale, torch.zeros_like(scale)], dim=-1)
-        return QuantizedWeight(values, scale, self.shape, 4, packed=True)
+        return QuantizedWeight(values, scale, self.shape, 4, block=block)
+
+    def __setstate__(self, state):
+        """From a pickle, whose CPU may have had another layout."""
+        vars(self).update(state)
+        vars(self).update(vars(self.pack()))
 
     def unpack(self) -> "QuantizedWeight":
         """Laid out as in a file."""
-        if not self.packed:
+        if not self.block:
             return self
         return QuantizedWeight(_as_bytes(self.integers()), self.row_scale().contiguous(), self.shape, 4)
 
@@ -99,17 +111,17 @@ class QuantizedWeight(torch.Tensor):
         if self.bits == 8:
             return self.values
         halves = self.values & 15, self.values >> 4
-        if not self.packed:
+        if not self.block:
             return torch.stack(halves, dim=-1).flatten(-2).view(torch.int8) - 8
         # The kernel's blocks of 32 or 64 rows: column by column, the first half of the rows in the low halves.
-        half = _block_rows() // 2
+        half = self.block // 2
         low, high = (part.view(*self.shape[:-2], -1, self.shape[-1], half) for part in halves)
         rows = torch.cat([low, high], dim=-1).transpose(-1, -2).flatten(-3, -2)
         return rows[..., : self.shape[-2], :].view(torch.int8) - 8
 
     def row_scale(self) -> torch.Tensor:
         """`[N, O, groups]`."""
-        return self.scale[..., 0].transpose(-1, -2)[..., : self.shape[-2], :] if self.packed else self.scale
+        return self.scale[..., 0].transpose(-1, -2)[..., : self.shape[-2], :] if self.block else self.scale
 
     def dequantize(self) -> torch.Tensor:
         scale = self.row_scale()
@@ -142,7 +154,7 @@ class QuantizedWeight(torch.Tensor):
         )
 
     def __tensor_flatten__(self):
-        return ["values", "scale"], (self.shape, self.bits, self.packed)
+        return ["values", "scale"], (self.shape, self.bits, self.block)
 
     @staticmethod
     def __tensor_unflatten__(inner, meta, outer_size, outer_stride):
@@ -150,7 +162,7 @@ class QuantizedWeight(torch.Tensor):
 
     def _map(self, function) -> "QuantizedWeight":
         return QuantizedWeight(
-            function(self.values), function(self.scale), self.shape, self.bits, self.packed, self.update
+            function(self.values), function(self.scale), self.shape, self.bits, self.block, self.update
         )
 
     @classmethod
@@ -162,20 +174,29 @@ class QuantizedWeight(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         weight, kwargs = args[0], kwargs or {}
+        if not isinstance(weight, cls):
+            raise _unknown(func)
         if func in (aten.detach.default, aten.alias.default):
             return weight._map(lambda tensor: tensor)
         if func is aten.clone.default:
             return weight._map(torch.clone)
         if func is aten._to_copy.default:
-            device = torch.device(kwargs.get("device") or weight.device)
-            weight = weight if device.type == weight.device.type else weight.unpack()
-            values, scale = weight.values.to(device), weight.scale.to(device, kwargs.get("dtype"))
-            return QuantizedWeight(values, scale, weight.shape, weight.bits, weight.packed).pack()
+            return _move(weight, torch.device(kwargs.get("device") or weight.device), kwargs.get("dtype"))
+        if func is aten.copy_.default:
+            return _copy(weight, args[1])
         if func in (aten.add_.Tensor, aten.sub_.Tensor):
             return _add(weight, args[1] if func is aten.add_.Tensor else -args[1])
-        raise NotImplementedError(
-            f"A weight of {weight.bits} bits knows no `{func}`; `model.dequantize()` makes an ordinary weight of it."
-        )
+        raise _unknown(func)
+
+
+# `torch.load` reads what `torch.save(model.state_dict())` wrote.
+torch.serialization.add_safe_globals([QuantizedWeight])
+
+
+def _unknown(operation) -> NotImplementedError:
+    return NotImplementedError(
+        f"Weights in 8 or 4 bits know no `{operation}`; `model.dequantize()` makes ordinary weights of them."
+    )
 
 
 def _round(matrix: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +245,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def _multiply(rows: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """`x W'` by the CPU's kernels, else with W expanded."""
     rows = rows.to(weight.dtype).contiguous()
-    on_cpu = weight.device.type == "cpu" and _has_kernel(weight) and (weight.bits == 8 or weight.packed)
+    on_cpu = weight.device.type == "cpu" and _has_kernel(weight) and (weight.bits == 8 or weight.block)
     # The kernels' time grows with every row; from about 64 on, a product with the expanded weight is faster.
     if not on_cpu or len(rows) > 64:
         return rows @ weight.dequantize().t()
@@ -262,15 +283,21 @@ def _embedding(ids: torch.Tensor, weight: QuantizedWeight, *args, **kwargs) -> t
     return weight.values[ids].to(weight.dtype) * weight.scale[ids]
 
 
-def _select(weight: QuantizedWeight, expert: int) -> QuantizedWeight:
-    if expert in weight.slices:
+def _select(weight: QuantizedWeight, expert: int | slice) -> QuantizedWeight:
+    if weight.dim() != 3 or not isinstance(expert, (int, slice)):
+        raise IndexError(
+            f"`[{expert}]` does not select whole experts of {weight}: take one integer or slice of the weight of all "
+            "experts, or index its `dequantize()`."
+        )
+    if isinstance(expert, int) and expert in weight.slices:
         return weight.slices[expert]
     update = weight.update
     if update is not None:
         update = update[0][expert], update[1][expert], update[2]
     values, scale = weight.values[expert], weight.scale[expert]
-    matrix = QuantizedWeight(values, scale, weight.shape[1:], weight.bits, weight.packed, update)
-    if update is None:
+    shape = values.shape[:-2] + weight.shape[1:]
+    matrix = QuantizedWeight(values, scale, shape, weight.bits, weight.block, update)
+    if update is None and isinstance(expert, int):
         weight.slices[expert] = matrix
     return matrix
 
@@ -278,7 +305,7 @@ def _select(weight: QuantizedWeight, expert: int) -> QuantizedWeight:
 def _baddbmm(weight: QuantizedWeight, B: torch.Tensor, A: torch.Tensor, *, alpha: float = 1) -> QuantizedWeight:
     # Unbound once, all experts' gradients of a factor are stacked once; each slice would have its own, of all experts.
     update = B.unbind(), A.unbind(), alpha
-    return QuantizedWeight(weight.values, weight.scale, weight.shape, weight.bits, weight.packed, update)
+    return QuantizedWeight(weight.values, weight.scale, weight.shape, weight.bits, weight.block, update)
 
 
 _FUNCTIONS = {
@@ -287,6 +314,30 @@ _FUNCTIONS = {
     torch.Tensor.__getitem__: _select,
     torch.baddbmm: _baddbmm,
 }
+
+
+def _move(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype | None) -> QuantizedWeight:
+    weight = weight if device.type == weight.device.type else weight.unpack()
+    values, scale = weight.values.to(device), weight.scale.to(device, dtype)
+    return QuantizedWeight(values, scale, weight.shape, weight.bits, weight.block).pack()
+
+
+def _copy(weight: QuantizedWeight, other: torch.Tensor) -> QuantizedWeight:
+    if not isinstance(other, QuantizedWeight):
+        raise ValueError(
+            f"A tensor in {other.dtype} is not rounded into {weight}: load the full-precision checkpoint with "
+            "`from_pretrained(path, quantization_config=...)`."
+        )
+    scales = [each.row_scale().shape for each in (other, weight)]
+    if other.bits != weight.bits or scales[0] != scales[1] or other.shape != weight.shape:
+        raise ValueError(
+            f"{other} with scales {list(scales[0])} cannot be copied into {weight} with scales {list(scales[1])}: "
+            "load the model with the bits and the group size of the weights to be copied."
+        )
+    other = _move(other, weight.device, weight.dtype)
+    weight.values.copy_(other.values)
+    weight.scale.copy_(other.scale)
+    return weight
 
 
 def _add(weight: QuantizedWeight, delta: torch.Tensor) -> QuantizedWeight:
@@ -483,7 +534,7 @@ def _let_go_of_the_file(model: nn.Module):
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, QuantizedWeight):
             tensor.data = tensor.data.clone()
-        elif not tensor.packed:
+        elif not tensor.block:
             tensor.values, tensor.scale = tensor.values.clone(), tensor.scale.clone()
 
 

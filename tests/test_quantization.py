@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import build, tokens
 from safetensors.torch import load_file, save_file, save_model
 from test_checkpoint import run_without_the_package
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -151,7 +152,7 @@ def test_a_quantised_weight_is_the_nearest_one_of_its_bits(bits, group_size):
     expected = torch.stack([rounded(matrix, bits, group_size) for matrix in weight])
     assert difference(quantised.dequantize(), expected) <= 1e-6
     assert torch.equal(quantised.unpack().dequantize(), quantised.dequantize())
-    assert quantised.packed == (bits == 4 and quantization._block_rows() > 0)
+    assert quantised.block == (quantization._block_rows() if bits == 4 else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -245,7 +246,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(model, folder, tmp_path):
     weight = load(tmp_path).model.layers[0].mlp.experts.down_proj
     with pytest.raises(ValueError, match="already has 4 bits"):
         QuantizedWeight.quantize(weight, 8, 32)
-    with pytest.raises(NotImplementedError, match=r"knows no `aten.mul.Tensor`; `model.dequantize\(\)`"):
+    with pytest.raises(NotImplementedError, match=r"know no `aten.mul.Tensor`; `model.dequantize\(\)`"):
         weight * 2
 
 
@@ -457,6 +458,85 @@ def test_an_automatic_device_map_counts_few_bits_and_not_full_precision(name, co
     memory["cpu"] = round(0.9 * footprint)
     with pytest.raises(ValueError, match=r"puts \[.*layers.*\]: .* more `max_memory`"):
         load(folder / name, *config, **options)
+
+
+@pytest.mark.parametrize("config", [(8,), (4, 32, 8)])
+@pytest.mark.parametrize("name", ["CoE", "Mixtral"])
+def test_a_state_dict_is_copied_saved_and_read_with_weights_only(name, config, folder, tmp_path):
+    model = load(folder / name, *config)
+    expected = model(tokens(2, 5)).logits
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for state in (model.state_dict(), torch.load(tmp_path / "state.pt", weights_only=True)):
+        changed = load(folder / name, *config)
+        weight = changed.model.layers[0].mlp.experts.down_proj
+        weight.data.add_(torch.randn(weight.shape))
+        assert difference(changed(tokens(2, 5)).logits, expected) > 0.01
+        changed.load_state_dict(state)
+        assert changed.model.layers[0].mlp.experts.down_proj is weight
+        assert torch.equal(changed(tokens(2, 5)).logits, expected)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(tokens(2, 5)).logits, expected)
+
+
+def test_a_copy_into_other_bits_groups_or_from_full_precision_is_refused(folder):
+    model = load(folder / "CoE", 4)
+    for state, message in (
+        (
+            load(folder / "CoE", 8).state_dict(),
+            r"bits=8.* cannot be copied into .*bits=4.*: load the model",
+        ),
+        (load(folder / "CoE").state_dict(), r"torch.float32 is not rounded into .*bits=4.*: load the full-precision"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"experts.gate_up_proj.*{message}"):
+            model.load_state_dict(state)
+    full = torch.randn(2, 8, 64)
+    with pytest.raises(ValueError, match=r"scales \[2, 8, 2\] cannot .* scales \[2, 8, 1\]: .* the group size"):
+        QuantizedWeight.quantize(full, 4, 64).copy_(QuantizedWeight.quantize(full, 4, 32))
+    for operation in (lambda weight: full.copy_(weight), lambda weight: torch.stack([weight, weight])):
+        with pytest.raises(NotImplementedError, match=r"8 or 4 bits know no `aten.*`; `model.dequantize\(\)`"):
+            operation(QuantizedWeight.quantize(full, 4, 32))
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_a_state_dict_from_a_cpu_of_another_layout_is_laid_out_anew(block, tmp_path):
+    weight = QuantizedWeight.quantize(torch.randn(3, 72, 64, generator=torch.Generator().manual_seed(0)), 4, 32)
+    rows = F.pad(weight.integers() + 8, (0, 0, 0, -72 % block)).view(torch.uint8).unflatten(1, (-1, 2, block // 2))
+    values = (rows[:, :, 0] | rows[:, :, 1] << 4).transpose(-1, -2).reshape(3, -1, 32)
+    scale = F.pad(weight.row_scale(), (0, 0, 0, -72 % block)).transpose(-1, -2)
+    foreign = QuantizedWeight(values, torch.stack([scale, 0 * scale], dim=-1), weight.shape, 4, block)
+    if block == weight.block:
+        assert torch.equal(foreign.values, weight.values)
+    torch.save(foreign, tmp_path / "weight.pt")
+    read = torch.load(tmp_path / "weight.pt", weights_only=True)
+    assert read.block == weight.block and torch.equal(read.values, weight.values)
+    assert torch.equal(F.linear(torch.ones(1, 64), read[1]), F.linear(torch.ones(1, 64), weight[1]))
+
+
+@pytest.mark.parametrize("config", [(8,), (4, 32, 8)])
+def test_accelerate_keeps_few_bits_on_cpu_and_fetches_them_for_a_pass(config, folder):
+    accelerate = pytest.importorskip("accelerate")
+    model = load(folder / "CoE", *config)
+    with torch.no_grad():
+        expected = model(tokens(2, 5)).logits
+        accelerate.cpu_offload(model, execution_device="cpu")
+        for _ in range(2):
+            weight = model.model.layers[0].mlp.experts.down_proj
+            assert weight.is_meta and weight.bits == config[0] and isinstance(weight, torch.nn.Parameter)
+            assert torch.equal(model(tokens(2, 5)).logits, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_experts_are_selected_by_integers_and_slices(bits):
+    weight = QuantizedWeight.quantize(torch.randn(5, 40, 64), bits, 32)
+    for key in (1, -1, slice(1, 3), slice(None, None, 2)):
+        assert torch.equal(weight[key].dequantize(), weight.dequantize()[key])
+    assert torch.equal(weight[1:3][1].dequantize(), weight.dequantize()[2])
+    for key in (torch.tensor([0, 1]), (0, 1)):
+        with pytest.raises(IndexError, match=r"does not select whole experts of .*bits=.*`dequantize\(\)`"):
+            weight[key]
+    with pytest.raises(IndexError, match="does not select whole experts"):
+        weight[0][0]
 
 
 def test_safetensors_alone_refuses_to_save_few_bits(folder, tmp_path):
