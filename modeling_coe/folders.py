@@ -17,28 +17,41 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 WRITTEN = "written.json"
+# What a model is read from beside its weights, and the keys that transformers and PEFT expect there.
+JSON_FILES = {
+    "config.json": (),
+    "generation_config.json": (),
+    "tokenizer_config.json": (),
+    "tokenizer.json": ("added_tokens", "model"),
+    "model.safetensors.index.json": ("weight_map",),
+    "adapter_config.json": ("peft_type", "base_model_name_or_path"),
+}
 
 
 def require_model(option: str, name: str | os.PathLike, file: str = "config.json"):
-    """Fails at once where `name` is neither a folder or file of this machine nor a repository of the Hub.
+    """Fails at once where `name` is no model: nothing of this machine or the Hub, or a folder with damaged files.
 
     `file` is the one that such a repository usually has, and that is asked for.
 
     Raises:
-        ValueError: naming the option, its value and the nearest name there is.
+        ValueError: naming the option, its value and the nearest name there is, or the damaged file.
     """
     name = os.fspath(name)
     path = Path(name)
+    if not name:
+        raise ValueError(f"`{option}` is empty; name a folder or a repository of the Hub.")
     if path.exists():
+        _require_readable(option, path, file)
         return
     suggestion = _suggestion(path)
     if path.suffix == ".json" or name.startswith((".", "~")) or not _may_be_on_the_hub(name):
@@ -59,6 +72,64 @@ def require_model(option: str, name: str | os.PathLike, file: str = "config.json
         ) from error
 
 
+def _require_readable(option: str, path: Path, file: str):
+    """Raise ValueError where the JSON files would end the loading in an error that names none of them."""
+    if path.is_file():
+        if path.suffix != ".json":
+            raise ValueError(f"`{option}={path}` is a file; name the folder that it is in.")
+        _check_config(path, _read_object(path))
+        return
+    if file == "config.json" and not any((path / name).is_file() for name in (file, "adapter_config.json")):
+        raise ValueError(
+            f"`{option}={path}` holds no model: neither config.json nor adapter_config.json; name the folder of one."
+        )
+    contents = {name: _read_object(path / name, *keys) for name, keys in JSON_FILES.items() if (path / name).is_file()}
+    if "config.json" in contents:
+        _check_config(path / "config.json", contents["config.json"])
+    if "generation_config.json" in contents:
+        _check_token_ids(path / "generation_config.json", contents["generation_config.json"])
+    if "adapter_config.json" in contents:
+        base = contents["adapter_config.json"]["base_model_name_or_path"]
+        try:
+            require_model("base_model_name_or_path", base or "")
+        except ValueError as error:
+            raise ValueError(f"{path / 'adapter_config.json'}: {error} An adapter needs its base model.") from error
+
+
+def _read_object(path: Path, *keys: str) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it holds no JSON: {error}. Download or save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} is damaged: it holds {content!r:.60}, no names and values. Download or save it again."
+        )
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path} is damaged: it lacks `{missing[0]}`. Download or save it again.")
+    return content
+
+
+def _check_config(path: Path, content: dict):
+    """Build the configuration once, if its type is known here: transformers does not say which file is wrong."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return
+    try:
+        CONFIG_MAPPING[kind].from_dict(content)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {reason}. Correct it, or download or save it again.") from error
+
+
+def _check_token_ids(path: Path, content: dict):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(name)
+        ids = value if isinstance(value, list) else [value]
+        if not all(one is None or isinstance(one, int) for one in ids):
+            raise ValueError(f"`{name}={value!r}` in {path} must be the number of a token; correct it.")
+
+
 def _may_be_on_the_hub(name: str) -> bool:
     try:
         validate_repo_id(name)
@@ -68,7 +139,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _suggestion(path: Path) -> str:
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [sibling.name for sibling in path.parent.iterdir() if sibling.exists()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1)
     return f" Did you mean {path.with_name(nearest[0])}?" if nearest else ""
 

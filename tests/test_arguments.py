@@ -11,12 +11,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import whitespace_tokenizer
+from conftest import build, whitespace_tokenizer
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from modeling_coe import folders
-from modeling_coe.train import eval_lm, finetune, generate, plan, pretrain, show_routing
+from modeling_coe.train import eval_lm, finetune, generate, plan, pretrain, serve, show_routing, upcycle
 from modeling_coe.train.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -185,6 +185,96 @@ def test_a_mistyped_tokenizer_is_named_at_once():
         parse(ModelArguments, arguments=["--tokenizer", "configuration/tokens"])
 
 
+@pytest.fixture
+def chain(tmp_path):
+    folder = tmp_path / "chain"
+    build().save_pretrained(folder)
+    whitespace_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def a_field(name, value):
+    return lambda text: json.dumps(json.loads(text) | {name: value})
+
+
+DAMAGE = [
+    *[("config.json", content, "config.json is damaged") for content in ("", "[]", "null", "3", '{"hidden_size"')],
+    ("config.json", a_field("hidden_size", "64"), "config.json cannot be read: .*'hidden_size'.*expected int.*'64'"),
+    ("config.json", a_field("hidden_size", None), "config.json cannot be read: .*'hidden_size'.*None"),
+    ("config.json", a_field("num_iterations", 2.0), "config.json cannot be read: .*'num_iterations'.*2.0"),
+    ("config.json", a_field("dtype", "float33"), "float33"),
+    ("generation_config.json", "[]", r"generation_config.json is damaged: it holds \[\]"),
+    ("generation_config.json", a_field("eos_token_id", "x"), "eos_token_id='x'` in .*generation_config.json"),
+    ("tokenizer.json", "", "tokenizer.json is damaged, it holds no JSON"),
+    ("tokenizer.json", "{}", "tokenizer.json is damaged: it lacks `added_tokens`"),
+    ("tokenizer_config.json", "", "tokenizer_config.json is damaged"),
+    ("tokenizer_config.json", "[]", "tokenizer_config.json is damaged"),
+    ("model.safetensors.index.json", "", "model.safetensors.index.json is damaged"),
+    ("model.safetensors.index.json", "[]", "model.safetensors.index.json is damaged"),
+    ("model.safetensors.index.json", "{}", "model.safetensors.index.json is damaged: it lacks `weight_map`"),
+    ("adapter_config.json", "", "adapter_config.json is damaged"),
+    ("adapter_config.json", "[]", "adapter_config.json is damaged"),
+    ("adapter_config.json", "{}", "adapter_config.json is damaged: it lacks `peft_type`"),
+    (
+        "adapter_config.json",
+        '{"peft_type": "LORA", "base_model_name_or_path": null}',
+        "adapter_config.json: `base_model_name_or_path` is empty",
+    ),
+    (
+        "adapter_config.json",
+        '{"peft_type": "LORA", "base_model_name_or_path": "/no/base"}',
+        "adapter_config.json: `base_model_name_or_path=/no/base`: no such folder",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGE)
+def test_a_damaged_file_of_a_model_is_named(name, content, message, chain):
+    path = chain / name
+    path.write_text(content if isinstance(content, str) else content(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        generate.main([*SCRIPTS[generate], "--model", str(chain)])
+
+
+MODEL_READERS = {
+    **{script: [*words, "--model"] for script, words in SCRIPTS.items()},
+    serve: [],
+    upcycle: ["--output", "unused", "--source"],
+}
+
+
+@pytest.mark.parametrize("script", MODEL_READERS, ids=lambda script: script.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").unlink(), "neither config.json nor adapter_config.json"),
+    ],
+)
+def test_every_command_names_the_file_that_is_damaged_or_gone(script, change, message, chain):
+    change(chain)
+    with pytest.raises(ValueError, match=message):
+        script.main([*MODEL_READERS[script], str(chain)])
+
+
+@pytest.mark.parametrize("script", MODEL_READERS, ids=lambda script: script.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "(model|source)` is empty"), ("rows.jsonl", "(model|source)=.*rows.jsonl` is a file")]
+)
+def test_a_model_without_a_name_and_a_file_in_its_place_are_refused(script, name, message, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    recipe = [str(Path(word).resolve()) if word.endswith("yaml") else word for word in MODEL_READERS[script]]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        script.main([*recipe, name])
+
+
+def test_a_plan_to_serve_reads_the_same_files(chain):
+    (chain / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        plan.main(["--model", str(chain), "--serve", "1x128", "--ram", "8GB"])
+
+
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
     """A checkpoint of another type, and its configuration as a preset beside it."""
@@ -231,10 +321,13 @@ def test_a_preset_that_is_none_is_refused(content, message, tmp_path):
         pretrain.main(["--use_cpu", "true", "--model", str(preset), "--output_dir", str(tmp_path / "run")])
 
 
-def test_an_adapter_is_no_model_to_start_from(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+def test_an_adapter_is_no_model_to_start_from(chain, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    content = {"peft_type": "LORA", "base_model_name_or_path": str(chain)}
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is an adapter; merge it"):
-        finetune.main([*SCRIPTS[finetune], "--model", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+        finetune.main([*SCRIPTS[finetune], "--model", str(adapter), "--output_dir", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("training", [PretrainArguments, FinetuneArguments])

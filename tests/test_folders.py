@@ -52,6 +52,7 @@ def test_a_name_that_might_be_on_the_hub_costs_one_question(name, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/smoke", "smoke"):
         Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"`source={name}`: no such folder.*not known.*Did you mean {name}e\?"):
         upcycle(name)
     assert len(questions) == 1

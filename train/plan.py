@@ -42,11 +42,13 @@ from modeling_coe.budget import (
     training_flops,
     training_memory,
 )
+from modeling_coe.folders import require_model
 from modeling_coe.train.arguments import (
     DataArguments,
     ModelArguments,
     PretrainArguments,
     command_line,
+    find_configuration,
     parse,
     read_config,
     shipped,
@@ -300,6 +302,7 @@ def main(arguments: list[str] | None = None):
         memory = options.ram or options.gpu
         if options.model is None or memory is None:
             parser.error("--serve needs a --model, and --gpu 8GB or --ram 8GB")
+        require_model("model", find_configuration(options.model))
         config = read_config(options.model)
         print_serving(config, *options.serve, memory - options.reserve, on_cpu=options.ram is not None)
         return

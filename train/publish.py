@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.folders import changes_since_written, whole_or_nothing, written_about
+from modeling_coe.folders import changes_since_written, require_model, whole_or_nothing, written_about
 from modeling_coe.routing import Routing, plot_routing, record_routing
 from modeling_coe.train.arguments import command_line, is_preset
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
@@ -97,6 +97,7 @@ def check_run(folder: Path):
     for name in ("facts.json", "run.json", "samples.json", *CURVE_FILES):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: no such file; a finished run has one.")
+    require_model("run", folder)
 
 
 def is_place(name: str) -> bool:
