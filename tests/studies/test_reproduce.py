@@ -405,15 +405,20 @@ def test_what_the_page_advises_in_words_is_what_was_recorded():
     assert all(abs(bits["change"]) < 0.001 for model in quality for bits in model["results"].values())
 
 
-def test_the_first_look_that_failed_is_recorded():
-    runs = json.loads((RESULTS / "runs" / "wide.json").read_text()).values()
-    assert {4.3719, 4.3905} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}
-    assert "-0.019, one seed: 4.3719 and [4.3905]" in verdicts.render()
-    runs = json.loads((RESULTS / "runs" / "capacity.json").read_text()).values()
-    assert {3.1786, 3.4552, 3.197} <= {run["validation_loss"] for run in runs if run["learning_rate"] == 4e-3}
-    assert (
-        "-0.277, one seed: 3.1786 and [3.4552](runs/capacity.json) | +0.018, one seed: [3.1970]" in verdicts.render()
-    )
+@pytest.mark.parametrize(
+    "scale, rate, losses, row",
+    [
+        ("wide", 4e-3, {4.3719, 4.3905}, "-0.019, one seed: 4.3719 and [4.3905]"),
+        ("capacity", 4e-3, {3.1786, 3.4552, 3.197}, "-0.277, one seed: 3.1786 and [3.4552]"),
+        ("capacity", 4e-3, {3.1786, 3.4552, 3.197}, "+0.018, one seed: [3.1970]"),
+        ("capacity", 3e-3, {2.7518, 2.9112, 2.7437}, "-0.159, one seed: 2.7518 and [2.9112]"),
+        ("capacity", 3e-3, {2.7518, 2.9112, 2.7437}, "-0.008, one seed: [2.7437]"),
+    ],
+)
+def test_a_first_look_that_failed_is_recorded(scale, rate, losses, row):
+    runs = json.loads((RESULTS / "runs" / f"{scale}.json").read_text()).values()
+    assert losses <= {run["validation_loss"] for run in runs if run["learning_rate"] == rate}
+    assert row in verdicts.render()
 
 
 def test_results_and_pictures_stay_below_600_kilobytes():
