@@ -569,6 +569,7 @@ class CoEPreTrainedModel(PreTrainedModel):
                     f"`{name}=True` is no argument of `from_pretrained`: pass "
                     f"`quantization_config=QuantizedExpertsConfig(bits={bits})`, which reaches the experts."
                 )
+        cls._refuse_to_quantise_again(pretrained_model_name_or_path, **kwargs)
         try:
             with LOADING:
                 model, loading_info = super().from_pretrained(
@@ -589,6 +590,21 @@ class CoEPreTrainedModel(PreTrainedModel):
         if model.can_generate():
             model._warn_of_impossible_ends(pretrained_model_name_or_path)
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _refuse_to_quantise_again(cls, path: str | None, quantization_config=None, **kwargs):
+        """transformers refuses too, but names only classes."""
+        if path is None or not isinstance(quantization_config, QuantizedExpertsConfig):
+            return
+        stored = {}
+        with suppress(OSError):  # an adapter's folder has no configuration
+            stored = cls.config_class.get_config_dict(path, **kwargs)[0].get("quantization_config") or {}
+        if stored.get("quant_method") == quantization_config.quant_method:
+            raise ValueError(
+                f"The experts of `{path}` are stored in {stored['bits']} bits and cannot be quantised again to "
+                f"{quantization_config.bits} bits: load the full-precision checkpoint with `quantization_config`, "
+                "or leave it out to load these."
+            )
 
     @classmethod
     def _compare_with_configuration(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):

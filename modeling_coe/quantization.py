@@ -69,7 +69,10 @@ class QuantizedWeight(torch.Tensor):
     def quantize(cls, weight: torch.Tensor, bits: int, group_size: int) -> "QuantizedWeight":
         """Rounds to the nearest multiples of one scale for a row (8 bits) or a group (4 bits), matrix by matrix."""
         if isinstance(weight, cls):
-            raise ValueError(f"This weight already has {weight.bits} bits; quantise the full-precision checkpoint.")
+            raise ValueError(
+                f"This weight is already in {weight.bits} bits and cannot be quantised again to {bits} bits: load the "
+                "full-precision checkpoint with a `quantization_config`."
+            )
         matrices = weight if weight.dim() == 3 else weight[None]
         parts = [_round(matrix, bits, group_size if bits == 4 else matrix.shape[1]) for matrix in matrices]
         values, scale = (torch.stack(part).view(*weight.shape[:-1], -1) for part in zip(*parts, strict=True))
@@ -378,7 +381,10 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
 
 
 class AlreadyQuantizedExperts(QuantizedExpertsConfig):
-    """A file's configuration; transformers refuses to quantise again with one of another class, and names both."""
+    """A file's configuration; transformers refuses to quantise again with one of another class.
+
+    It names both classes and nothing else, as no hook sees the two: `CoEPreTrainedModel.from_pretrained` says more.
+    """
 
 
 class ExpertsQuantizer(HfQuantizer):

@@ -241,10 +241,16 @@ def test_what_cannot_be_quantised_is_refused_by_name(model, folder, tmp_path):
     with pytest.raises(ValueError, match="not offloaded to disk"):
         load(folder / model, 4, device_map={"": "disk"})
     load(folder / model, 4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="quantized with AlreadyQuantizedExperts but you are passing a Quantized"):
-        load(tmp_path, 8)
+    again = (
+        "quantized with AlreadyQuantizedExperts but you are passing a QuantizedExpertsConfig"  # transformers' words
+    )
+    if model == "CoE":
+        again = "stored in 4 bits and cannot be quantised again to 8 bits: load the full-precision checkpoint"
+    for loader in (AutoModelForCausalLM, {"CoE": CoEForCausalLM, "Mixtral": MixtralForCausalLM}[model]):
+        with pytest.raises(ValueError, match=again):
+            loader.from_pretrained(tmp_path, quantization_config=QuantizedExpertsConfig(8))
     weight = load(tmp_path).model.layers[0].mlp.experts.down_proj
-    with pytest.raises(ValueError, match="already has 4 bits"):
+    with pytest.raises(ValueError, match="already in 4 bits and cannot be quantised again to 8 bits"):
         QuantizedWeight.quantize(weight, 8, 32)
     with pytest.raises(NotImplementedError, match=r"know no `aten.mul.Tensor`; `model.dequantize\(\)`"):
         weight * 2
