@@ -418,9 +418,9 @@ class _Source:
         self.generation_config = GenerationConfig.from_pretrained(self.folder) if has_settings else None
 
     def _keep_apart(self, output: Path):
-        """Neither is the other, holds it or is held by it, where the output is there already."""
+        """Neither is the other, holds it or is held by it."""
         source, output = Path(self.name).resolve(), output.resolve()
-        if self.name and source.is_dir() and output.is_dir():
+        if self.name and source.is_dir():
             if source == output:
                 raise ValueError(f"`output={str(output)!r}` is the source itself; choose another folder.")
             if source in output.parents or output in source.parents:

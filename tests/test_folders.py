@@ -64,6 +64,12 @@ def test_a_file_in_place_of_the_source_is_named(source):
         upcycle(source / "model.safetensors")
 
 
+def test_a_new_folder_in_the_source_is_refused(source):
+    with pytest.raises(ValueError, match="holds the source or is in it"):
+        upcycle(source, source / "chain")
+    assert not (source / "chain").exists()
+
+
 def everything(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
