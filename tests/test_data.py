@@ -152,6 +152,29 @@ def test_an_empty_or_broken_file_is_refused(tmp_path, content):
         load_documents(DataArguments(dataset=str(tmp_path)))
 
 
+def test_a_file_of_no_bytes_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl is empty.*Repair or remove"):
+        load_documents(DataArguments(dataset=write(tmp_path / "rows.jsonl", []), validation_size=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "`dataset` is empty; name a file"),
+        ("/", "dataset=/` holds no .json"),
+        ("deep", "dataset=deep` holds no .json"),
+        ("link.jsonl", "link.jsonl` is a link to gone.jsonl, which is not there"),
+    ],
+)
+def test_a_name_that_stands_for_no_documents_is_refused_without_a_search(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "deep/a/b/c/d/train.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    monkeypatch.setattr("pathlib.Path.rglob", lambda *_: pytest.fail("searched"))
+    with pytest.raises(ValueError, match=message):
+        load_documents(DataArguments(dataset=name, validation_size=1))
+
+
 def test_a_split_limited_to_nothing_is_refused(monkeypatch):
     monkeypatch.setattr("modeling_coe.train.data.word_problems", lambda *_: iter([]))
     with pytest.raises(ValueError, match=r"train split of .* is empty"):
@@ -283,9 +306,38 @@ def test_a_mistyped_dataset_is_named_at_once(tmp_path, monkeypatch, name, messag
         load_documents(DataArguments(dataset=name))
 
 
-def load_rows(tmp_path, rows):
+def load_rows(tmp_path, rows, **options):
     path = write(tmp_path / "rows.jsonl", [*rows, *rows])
-    return load_documents(DataArguments(dataset=path, validation_size=1))["train"][0]
+    return load_documents(DataArguments(dataset=path, validation_size=1, **options))["train"][0]
+
+
+ALL_KINDS = {"question": "q", "answer": "a", "text": "t", "body": "b", "prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, {"prompt": "Question: q\nAnswer:", "completion": " a"}),
+        ({"text_column": "body"}, {"text": "b"}),
+        ({"text_column": "text"}, {"text": "t"}),
+        ({"answer_column": "body"}, {"prompt": "Question: q\nAnswer:", "completion": " b"}),
+    ],
+)
+def test_the_columns_that_are_named_are_the_ones_that_are_read(tmp_path, columns, expected):
+    assert load_rows(tmp_path, [ALL_KINDS], **columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text_column": "bodi"}, r"has the columns \['question', .*'body'.*\], not `bodi`"),
+        ({"question_column": "ask"}, r"has the columns \['question', .*\], not `ask` and `answer`"),
+        ({"text_column": "body", "answer_column": "text"}, "text_column=body` does not go with"),
+    ],
+)
+def test_a_named_column_that_is_not_there_is_refused_whatever_else_is(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path, [ALL_KINDS], **columns)
 
 
 def test_trl_s_standard_columns_are_taken(tmp_path):
@@ -311,6 +363,8 @@ def test_trl_s_standard_columns_are_taken(tmp_path):
         ([{"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}], "one of .*as `role`"),
         ([{"role": "user", "content": ""}, {"role": "assistant", "content": "4"}], "must have a text as `content`"),
         ([], "must have a text"),
+        ("hi", "has the message 'hi'; each must have a text as `content`"),
+        (["hi"], "has the message 'hi'; each must have a text as `content`"),
     ],
 )
 def test_a_conversation_without_an_answer_is_refused(tmp_path, messages, message):

@@ -150,9 +150,9 @@ class DataArguments:
         metadata={"help": "`word_problems` (generated), a JSON/JSONL/Parquet file or folder of them, or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of a plain-text dataset."})
-    question_column: str = field(default="question", metadata={"help": "Column of a question-answer dataset."})
-    answer_column: str = field(default="answer", metadata={"help": "Column of a question-answer dataset."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of plain texts. Default: `text`."})
+    question_column: str | None = field(default=None, metadata={"help": "Column of questions. Default: `question`."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of answers. Default: `answer`."})
     validation_size: int | None = field(
         default=None,
         metadata={"help": "Documents to validate on, of a dataset that has neither a validation nor a test split."},

@@ -67,11 +67,20 @@ def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
 
 def _read(arguments: DataArguments) -> DatasetDict:
     path = Path(arguments.dataset)
+    if not arguments.dataset:
+        raise ValueError("`dataset` is empty; name a file, a folder or a dataset of the Hub.")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"`dataset={path}` is a link to {path.readlink()}, which is not there; name another file.")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
+    if path.is_dir():
+        # As deep as configuration/split/file; the root of a disk would be searched for hours.
+        levels = [] if path.resolve().parent == path.resolve() else ["*", "*/*", "*/*/*"]
+        if not any(file.suffix in FILE_FORMATS for level in levels for file in path.glob(level)):
+            raise ValueError(
+                f"`dataset={path}` holds no .json, .jsonl or .parquet file, nor do folders in it; name theirs."
+            )
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
-    if path.is_dir() and not files:
-        raise ValueError(f"`dataset={path}` holds no .json, .jsonl or .parquet file; put the documents there.")
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
     elif files and glob.escape(str(path)) != str(path):
@@ -81,7 +90,7 @@ def _read(arguments: DataArguments) -> DatasetDict:
         _require_dataset(arguments.dataset)
         options = {"path": arguments.dataset, "name": arguments.dataset_config}
     for file in files:
-        _check_encoding(file)
+        _check_file(file)
     try:
         return load_dataset(**options)
     except (ValueError, DatasetGenerationError) as error:
@@ -112,8 +121,12 @@ def _require_dataset(name: str):
         ) from error
 
 
-def _check_encoding(file: Path):
-    """`datasets` reads what is not UTF-8 as other letters, without a word."""
+def _check_file(file: Path):
+    """`datasets` reads what is not UTF-8 as other letters, without a word, and does not say which file is empty."""
+    if not file.is_file():
+        return
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty, so the dataset cannot be read. Repair or remove it.")
     if file.suffix == ".parquet":
         return
     with open(file, "rb") as lines:
@@ -141,8 +154,13 @@ def _set_aside(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict
 
 
 def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Dataset:
-    question, answer, text = arguments.question_column, arguments.answer_column, arguments.text_column
-    names = documents.column_names
+    named_pair = arguments.question_column is not None or arguments.answer_column is not None
+    question, answer = arguments.question_column or "question", arguments.answer_column or "answer"
+    text, names = arguments.text_column or "text", documents.column_names
+    if named_pair and arguments.text_column is not None:
+        raise ValueError(
+            f"`text_column={text}` does not go with `question_column` or `answer_column`; drop one of them."
+        )
 
     def check(value, index):
         if not isinstance(value, str) or not value:
@@ -167,13 +185,17 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
         (question, answer): from_pair, ("prompt", "completion"): from_prompt, ("messages",): from_messages,
         (text,): from_text,
     }  # fmt: skip
+    if arguments.text_column is not None:
+        layouts = {(text,): from_text}
+    elif named_pair:
+        layouts = {(question, answer): from_pair}
     for columns, lay_out in layouts.items():
         if set(columns) <= set(names):
             return documents.map(lay_out, with_indices=True, remove_columns=names, desc=f"Reading {split}")
+    wanted = ", nor ".join(" and ".join(f"`{name}`" for name in columns) for columns in layouts)
     raise ValueError(
-        f"The {split} split has the columns {names}, neither `{text}` nor `{question}` and `{answer}`, nor TRL's "
-        "`messages` or `prompt` and `completion`; name them with `text_column`, or `question_column` and "
-        "`answer_column`."
+        f"The {split} split has the columns {names}, not {wanted}; name them with `text_column`, or `question_column` "
+        "and `answer_column`."
     )
 
 
@@ -184,8 +206,9 @@ def _conversation(messages: list[dict[str, str]], index: int, split: str) -> dic
         ValueError: a role that has no place in this layout, an empty text, or no answer at the end.
     """
     layouts = {"system": "{}\n\n", "user": PROMPT, "assistant": " {}\n\n"}
-    for message in messages or [{}]:
-        role, content = message.get("role"), message.get("content")
+    for message in messages if isinstance(messages, list) and messages else [messages]:
+        turn = message if isinstance(message, dict) else {}
+        role, content = turn.get("role"), turn.get("content")
         if role not in layouts or not isinstance(content, str) or not content:
             raise ValueError(
                 f"Document {index} of the {split} split has the message {message!r}; each must have a text as "
