@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from modeling_coe import CoEConfig, CoEForCausalLM
@@ -243,6 +244,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(checkpoint, tmp_path, monkeyp
     with pytest.raises(OSError, match=r"No space left.*checkpoint-2"):
         finetune.main(command(checkpoint, tmp_path))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"), [({}, True), ({"router_bias_rate": 0}, False), ({"lora": "true"}, False)]
+)
+def test_the_routers_biases_move_in_full_fine_tuning_alone(checkpoint, tmp_path, options, moves):
+    config = CoEConfig.from_pretrained(checkpoint, router_bias=True, router_aux_loss_coef=0.0)
+    shutil.copytree(checkpoint, tmp_path / "biased")
+    CoEForCausalLM(config).save_pretrained(tmp_path / "biased")
+    finetune.main(command(tmp_path / "biased", tmp_path / "run", max_steps=2, **options))
+    weights = (load_file(path) for path in (tmp_path / "run").glob("*.safetensors"))
+    moved = {name for tensors in weights for name, tensor in tensors.items() if "correction" in name and tensor.any()}
+    assert bool(moved) == moves
 
 
 def write_rows(folder: Path, rows: list[dict], split: str = "train"):

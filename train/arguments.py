@@ -115,6 +115,15 @@ def require_weights(model: str):
         raise ValueError(f"`model={model}` is a preset without weights; name a checkpoint, or pretrain it.")
 
 
+def require_context(sequence_length: int, model: str, config: PreTrainedConfig):
+    """Raise where the sequences are longer than those that the model has positions for."""
+    if sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"`sequence_length={sequence_length}` exceeds the context of {model}, "
+            f"`max_position_embeddings={config.max_position_embeddings}`; shorten it."
+        )
+
+
 @dataclass
 class LayoutArguments:
     """How transformers' `DistributedConfig` shards the model over the processes; all 1: Accelerate decides (DDP, ...).
@@ -251,6 +260,10 @@ class FinetuneArguments(SFTConfig):
     pool_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "Times the learning rate, for experts that several layers share."}
     )
+    router_bias_rate: float = field(
+        default=1e-3,
+        metadata={"help": "How far the routers' balancing biases move in a step without LoRA; 0: not."},
+    )
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "The curve's x axis."})
     report_to: None | str | list[str] = field(  # noqa: RUF036, the parser wants None first
         default="tensorboard", metadata={"help": "`tensorboard`, `wandb`, `trackio`, several of them, or `none`."}
@@ -266,6 +279,7 @@ class FinetuneArguments(SFTConfig):
         check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_pool_rate(self.pool_learning_rate_factor)
+        require_least(self, {"router_bias_rate": 0})
 
 
 # A run that is resumed exactly, and a folder whose content is known, have no room for these options of Trainer.

@@ -35,6 +35,7 @@ from modeling_coe.train.arguments import (
     command_line,
     parse,
     read_config,
+    require_context,
     require_weights,
     shipped,
 )
@@ -45,7 +46,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
-from modeling_coe.train.optimizer import PoolRate
+from modeling_coe.train.optimizer import PoolRate, balancing
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
@@ -84,11 +85,7 @@ def load_model(
     """
     require_weights(arguments.model)
     config = read_config(arguments.model)
-    if sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"`sequence_length={sequence_length}` exceeds the context of {arguments.model}, "
-            f"`max_position_embeddings={config.max_position_embeddings}`; shorten it."
-        )
+    require_context(sequence_length, arguments.model, config)
     if lora.lora and layout is not None:
         raise ValueError(
             "`lora=true` does not go with a layout; leave the sizes at 1 and let Accelerate shard (fsdp2)."
@@ -143,6 +140,8 @@ def finetune(
         settings = {"lora": vars(lora)}
         record = record_of(model_arguments.model, model.config, tokenizer, training, documents["train"], **settings)
         match_record(output, record)
+    # An adapter has no room for the biases: LoRA leaves them as they are.
+    biases = [] if lora.lora else balancing(model.config, training.router_bias_rate)
     options = {"experts": lora.lora_experts, "router": lora.lora_router, "r": lora.lora_r}
     trainer = Finetuner(
         model=model,
@@ -150,7 +149,7 @@ def finetune(
         train_dataset=documents["train"],
         eval_dataset=documents["validation"],
         processing_class=tokenizer,
-        callbacks=[Curve()],
+        callbacks=[Curve(), *biases],
         peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
     )
     is_text = "text" in documents["validation"].column_names

@@ -42,6 +42,12 @@ def main(arguments: list[str] | None = None):
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     turn_dial(model, options.expert_budget)
     inputs = tokenizer(PROMPT.format(options.question), return_tensors="pt", return_token_type_ids=False)
+    prompt, context = inputs.input_ids.shape[1], model.config.max_position_embeddings
+    if prompt + options.max_new_tokens > context:
+        raise ValueError(
+            f"The prompt has {prompt} tokens, and `max_new_tokens={options.max_new_tokens}` is for those after them; "
+            f"the model's context is {context} in all. Shorten the question, or lower `max_new_tokens`."
+        )
     output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 

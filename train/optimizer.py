@@ -1,8 +1,10 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Experts that several layers share may learn at a rate of their own."""
+"""Experts that several layers share may learn at a rate of their own, and routers' biases move at theirs."""
 
 from torch.optim import Optimizer
+
+from modeling_coe.balancing import RouterBiasCallback
 
 
 POOL = ".mlp.experts."
@@ -40,3 +42,8 @@ def give_rate(optimizer: Optimizer, parameters: set, factor: float):
         if moved:
             group["params"] = [parameter for parameter in group["params"] if parameter not in parameters]
             optimizer.add_param_group(group | {"params": moved, "lr": factor * group["lr"]})
+
+
+def balancing(config, rate: float) -> list[RouterBiasCallback]:
+    """What moves the routers' biases in training, if the model has them."""
+    return [RouterBiasCallback(rate)] if getattr(config, "router_bias", False) and rate > 0 else []

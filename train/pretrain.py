@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.balancing import RouterBiasCallback, calibrate_expert_budget
+from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
     DataArguments,
@@ -37,6 +37,7 @@ from modeling_coe.train.arguments import (
     free_memory,
     parse,
     read_config,
+    require_context,
     shipped,
     training_setup,
 )
@@ -47,7 +48,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, share_solved, solve
-from modeling_coe.train.optimizer import PoolRate
+from modeling_coe.train.optimizer import PoolRate, balancing
 from modeling_coe.train.report import (
     ROUTING_HEALTH,
     Curve,
@@ -124,11 +125,7 @@ def build_model(
             f"`draw_by_name=True` initialises the weights, but `model={arguments.model}` has weights; drop it."
         )
     config = read_config(arguments.model)
-    if sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"`sequence_length={sequence_length}` exceeds `max_position_embeddings={config.max_position_embeddings}` "
-            f"of {arguments.model}; shorten it, or raise the preset's."
-        )
+    require_context(sequence_length, arguments.model, config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     options = arguments.load_options()
@@ -220,11 +217,6 @@ def pretrain(
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, model_arguments, data_arguments, base, checkpoint, has_trained)
-
-
-def balancing(config, rate: float) -> list[RouterBiasCallback]:
-    """What moves the routers' biases in training, if the model has them."""
-    return [RouterBiasCallback(rate)] if getattr(config, "router_bias", False) and rate > 0 else []
 
 
 def calibrate(trainer: Pretrainer, batches: int = 4):
