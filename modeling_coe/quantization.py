@@ -363,7 +363,9 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
     Args:
         bits: of the experts' weights, 8 (a scale for each row) or 4.
         group_size: 32 or 64 neighbouring 4-bit weights share a scale.
-        rest_bits: 8 for attention, embeddings and head as well; None leaves them. Routers and norms always stay.
+        rest_bits: 8 for attention, embeddings and head as well; None leaves them. Routers and norms always stay. Where
+            head and embeddings are one tensor, such a model runs on one device: accelerate knows tied tensors by an
+            address, which these have not.
 
     Raises:
         ValueError: any other value.
