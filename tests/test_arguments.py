@@ -71,8 +71,12 @@ def test_a_list_of_other_things_is_refused(tmp_path):
         ("completely_different: 1", "has `completely_different`.*--help"),
         ("- a\n- b", "lines of `key: value`"),
         ("", "lines of `key: value`"),
-        ("a: [", "no YAML in UTF-8"),
-        ("output_dir: läufe".encode("latin-1"), "recipe.yaml` is no YAML in UTF-8"),
+        ("a: [", "cannot be read as YAML"),
+        ("max_steps: !big 5", "could not determine a constructor for the tag '!big'"),
+        ("max_steps: 5\nseed: 1\nmax_steps: 3", "has `max_steps` 2 times"),
+        ("<<: {max_steps: 1, seed: 3}\nseed: 2", r"merges another mapping \(`<<`\)"),
+        ('{"model_type": "coe", "num_iterations": 2}', "is the configuration of a model; name it as `model`"),
+        ("output_dir: läufe".encode("latin-1"), "recipe.yaml` cannot be read as YAML in UTF-8"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, text, message):
@@ -88,6 +92,7 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path, text, message):
         (["stray"], "has `stray`"),
         (["--max_steps", "x"], "max_steps.*'x'"),
         (["--optim", "adamw_torhc"], "invalid choice"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "`--config` is given 2 times.*name one recipe"),
         (["--config", "nowhere.yaml"], "config=nowhere.yaml`: no such file"),
         (["--config"], "expected one argument"),
     ],

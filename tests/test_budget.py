@@ -350,6 +350,30 @@ def test_the_plan_prints_what_saves_memory_and_refuses_half_a_question(capsys):
             plan.main([*recipe, *arguments])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "1.2.3GB"], "'1.2.3GB' is no memory size; write for instance 8GB"),
+        (["--gpu", ".GB"], "'.GB' is no memory size"),
+        (["--gpu", "0GB"], "--gpu is 0; write for instance 8GB"),
+        (["--gpu", "8GB", "--ram", "8GB"], "--ram is the memory to --serve from"),
+        (["--like", "nothing", "--save", "42%"], "'nothing' is no preset; choose one of .*moe_k8_n64"),
+        (["--like", "moe_k8_n64", "--save", "4.2.1%"], "'4.2.1%' is no share"),
+    ],
+)
+def test_a_plan_of_something_impossible_is_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--recipe", "configuration/pretrain/paper_8gb.yaml", *arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_misspelt_option_of_the_plan_gets_the_nearest_one():
+    with pytest.raises(ValueError, match=r"`--modle`.*did you mean `model`"):
+        plan.main(["--modle", "x", "--recipe", "configuration/pretrain/paper_8gb.yaml"])
+    with pytest.raises(ValueError, match="is the configuration of a model; name it as `model`"):
+        plan.main(["--recipe", "configuration/models/coe_tiny.json"])
+
+
 def test_a_chain_saves_activations_in_proportion_to_its_iterations():
     setup = TrainingSetup(4, 32)
     saved = [saved_activations(CoEConfig(**BASE | {"num_iterations": count}), setup)["experts"] for count in (1, 2, 4)]

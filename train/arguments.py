@@ -531,8 +531,10 @@ def parse(*argument_classes: type, arguments: list[str] | None = None, descripti
     parser.add_argument("--config", help="Recipe (YAML): values for any of these options; the command line wins.")
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = parser.error
-    first.add_argument("--config")
-    if (recipe := first.parse_known_args(arguments)[0].config) is not None:
+    first.add_argument("--config", action="append")
+    if len(recipes := first.parse_known_args(arguments)[0].config or []) > 1:
+        raise ValueError(f"`--config` is given {len(recipes)} times, {recipes}; name one recipe.")
+    for recipe in recipes:
         types = {name: kind for one in argument_classes for name, kind in get_type_hints(one).items()}
         words, structures = read_recipe(Path(find_configuration(recipe)), types)
         refuse_unknown([*words, *structures], parser, f"The recipe {recipe}")
@@ -577,7 +579,8 @@ def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict
     As written: `eval_strategy: no` is the word, not False, and `3e-4` a number, whatever YAML makes of them.
 
     Raises:
-        ValueError: no such file, no YAML mapping in UTF-8, or a list, a mapping or nothing for a key of another type.
+        ValueError: no such file, no YAML mapping in UTF-8, a key twice, or a list, a mapping or nothing for a key of
+            another type.
     """
     if not path.is_file():
         raise ValueError(
@@ -585,11 +588,20 @@ def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict
         )
     try:
         text = path.read_text(encoding="utf-8")
-        written, values = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
+        written, values, node = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text), yaml.compose(text)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`config={path}` is no YAML in UTF-8: {error}") from error
+        raise ValueError(f"`config={path}` cannot be read as YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"`config={path}` must hold lines of `key: value`, not {values!r}.")
+    if "model_type" in values:
+        raise ValueError(f"`config={path}` is the configuration of a model; name it as `model`.")
+    keys = [key.value for key, _ in node.value]
+    if "<<" in keys:
+        raise ValueError(
+            f"`config={path}` merges another mapping (`<<`), which a recipe does not; write its keys out."
+        )
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"`config={path}` has `{twice[0]}` {len(twice)} times; keep the one that is meant.")
     words, structures = {}, {}
     for (key, word), value in zip(written.items(), values.values(), strict=True):
         kind = types.get(key, str)

@@ -51,6 +51,7 @@ from modeling_coe.train.arguments import (
     find_configuration,
     parse,
     read_config,
+    refuse_unknown,
     shipped,
     training_setup,
 )
@@ -80,7 +81,7 @@ SERVED = {
 
 def memory_size(text: str) -> int:
     """`8GB` and `8GiB`, as GPUs are sold, are 8 * 2**30 bytes."""
-    match = re.fullmatch(r"([\d.]+)\s*Gi?B?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*Gi?B?", text, re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory size; write for instance 8GB")
     return int(float(match[1]) * GIB)
@@ -219,7 +220,7 @@ def print_scaling(config: CoEConfig, setup: TrainingSetup):
 
 def share(text: str) -> float:
     """`42%` is 0.42."""
-    match = re.fullmatch(r"([\d.]+)\s*%", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
     if match is None or not 0 < float(match[1]) < 100:
         raise argparse.ArgumentTypeError(f"{text!r} is no share between 0% and 100%; write for instance 42%")
     return float(match[1]) / 100
@@ -227,7 +228,13 @@ def share(text: str) -> float:
 
 def preset(name: str) -> str:
     """A path as it is, `moe_k8_n64` as that preset's."""
-    return name if Path(name).exists() else str(Path("configuration/models") / f"{name}.json")
+    if Path(name).exists():
+        return name
+    path = Path(find_configuration(f"configuration/models/{name}.json"))
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (Path(__file__).parents[1] / "configuration/models").iterdir()))
+        raise argparse.ArgumentTypeError(f"{name!r} is no preset; choose one of {known}")
+    return str(path)
 
 
 def propose(config: CoEConfig, setup: TrainingSetup, saving: float) -> list[CoEConfig]:
@@ -287,7 +294,13 @@ def read_options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument("--ram", type=memory_size, help="with --serve: memory of a computer without a GPU")
     parser.add_argument("--like", type=preset, help="preset to save memory on, for instance moe_k8_n64; with --save")
     parser.add_argument("--save", type=share, help="share of its training memory to save, for instance 42%%")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    refuse_unknown(unknown, parser, "The command line")
+    for name in ("gpu", "ram"):
+        if getattr(options, name) == 0:
+            parser.error(f"--{name} is 0; write for instance 8GB")
+    if options.ram is not None and options.serve is None:
+        parser.error("--ram is the memory to --serve from; a recipe is planned for a --gpu")
     if (options.like is None) != (options.save is None):
         parser.error("--like and --save go together: which model, and how much less memory")
     if options.serve is None and options.recipe is None:
