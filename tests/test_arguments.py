@@ -280,22 +280,6 @@ def test_a_plan_to_serve_reads_the_same_files(chain):
         plan.main(["--model", str(chain), "--serve", "1x128", "--ram", "8GB"])
 
 
-@pytest.mark.parametrize("script", [eval_lm, show_routing, finetune])
-def test_sequences_beyond_the_context_are_refused(script, chain, tmp_path):
-    with pytest.raises(ValueError, match=r"sequence_length=129` exceeds the context of .*max_position_embeddings=128"):
-        script.main(
-            [
-                *SCRIPTS[script],
-                "--model",
-                str(chain),
-                "--sequence_length",
-                "129",
-                "--output_dir",
-                str(tmp_path / "run"),
-            ]
-        )
-
-
 @pytest.mark.parametrize(("words", "new", "fits"), [(100, 4, True), (2, 125, False), (800, 1, False)])
 def test_a_question_and_its_answer_beyond_the_context_are_refused(words, new, fits, chain, capsys):
     command = ["--question", "w5 " * words, "--max_new_tokens", str(new), "--model", str(chain)]

@@ -13,7 +13,7 @@ from conftest import build, whitespace_tokenizer
 from datasets import Dataset
 
 from modeling_coe.train import checkpoints, eval_lm, finetune, pretrain, show_routing
-from modeling_coe.train.arguments import ModelArguments, PretrainArguments, require_weights
+from modeling_coe.train.arguments import PretrainArguments, is_preset, require_weights
 from modeling_coe.train.runs import LOCK, PARTIAL, match_record, record_of, result_folder, run_folder
 
 
@@ -29,7 +29,7 @@ def test_a_run_s_folder_may_be_called_like_a_preset(tmp_path):
     run = tmp_path / "smoke.json"
     run.mkdir()
     require_weights(str(run))
-    assert not ModelArguments(model=str(run)).is_preset
+    assert not is_preset(str(run)) and is_preset(str(tmp_path / "coe_tiny.json"))
     with pytest.raises(ValueError, match="is a preset without weights"):
         require_weights(str(tmp_path / "coe_tiny.json"))
 

@@ -28,7 +28,7 @@ def test_script_writes_numbers_and_pictures_of_a_checkpoint(tmp_path, iterations
         "".join(json.dumps({"question": f"w{i} w5", "answer": f"w{i + 1} w9 #"}) + "\n" for i in range(3, 13))
     )
     options = {"model": tmp_path / "model", "dataset": tmp_path / "data.jsonl", "validation_size": 4,
-               "output_dir": tmp_path / "routing", "sequence_length": 128}  # fmt: skip
+               "output_dir": tmp_path / "routing"}  # fmt: skip
     show_routing.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
     facts = json.loads((tmp_path / "routing" / "routing.json").read_text())
     assert facts["trained"] == {"learning_rate": 0.004, "seed": 1}  # and nothing of somebody's machine
@@ -47,8 +47,7 @@ def test_script_tells_what_tokens_cost_where_there_are_null_experts(tmp_path, ca
     rows = [{"question": f"w{i} w5", "answer": f"w{i + 1} w9 #"} for i in range(3, 13)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"model": tmp_path / "model", "dataset": tmp_path / "data.jsonl", "validation_size": 4,
-               "output_dir": tmp_path / "routing", "sequence_length": 128}  # fmt: skip
-    options |= {} if budget is None else {"expert_budget": budget}
+               "output_dir": tmp_path / "routing"} | ({} if budget is None else {"expert_budget": budget})  # fmt: skip
     show_routing.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
     facts = json.loads((tmp_path / "routing" / "routing.json").read_text())
     experts = sum(facts["experts_by_quarter"][0]) / 4

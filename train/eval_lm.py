@@ -27,7 +27,6 @@ from modeling_coe.train.arguments import (
     DataArguments,
     command_line,
     parse,
-    require_context,
     require_least,
     require_weights,
 )
@@ -105,11 +104,11 @@ def main(arguments: list[str] | None = None):
 def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
     """Score the model and write what came out to `output`."""
     model = load(model_arguments)
-    require_context(data.sequence_length, model_arguments.model, model.config)
     turn_dial(model, evaluation.expert_budget)
     documents = load_documents(data, evaluation.seed)["validation"]
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
-    documents = short_enough(documents, "validation", tokenizer, data.sequence_length, data.drop_long_documents)
+    length = min(data.sequence_length, model.config.max_position_embeddings)
+    documents = short_enough(documents, "validation", tokenizer, length, data.drop_long_documents)
 
     scores, answers = score(
         model, tokenizer, documents, data.scored_problems, evaluation.batch_size, data.max_new_tokens

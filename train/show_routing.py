@@ -25,7 +25,6 @@ from modeling_coe.train.arguments import (
     command_line,
     parse,
     read_config,
-    require_context,
     require_least,
     require_weights,
 )
@@ -125,7 +124,7 @@ def main(arguments: list[str] | None = None):
     )
     keep_output_short()
     require_weights(model_arguments.model)
-    require_context(data.sequence_length, model_arguments.model, read_config(model_arguments.model))
+    read_config(model_arguments.model)
     output = Path(options.output_dir)
     with result_folder(output):
         show(model_arguments, data, options, output)
@@ -139,7 +138,8 @@ def show(model_arguments: CheckpointArguments, data: DataArguments, options: Rou
     documents = documents.select(range(min(options.documents, len(documents))))
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
     texts = ["".join(row.values()) for row in documents]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=data.sequence_length)
+    length = min(data.sequence_length, model.config.max_position_embeddings)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
     routing = record_routing(model, inputs.input_ids, inputs.attention_mask)
     kinds = kinds_of(inputs.input_ids[inputs.attention_mask.bool()], tokenizer)
     summary = summarise(routing, kinds, model.config.num_null_experts > 0)
