@@ -172,7 +172,7 @@ class CoETopKRouter(nn.Module):
         fewest = self.smallest_expert_budget
         if expert_budget in (fewest, self.top_k):
             return torch.full_like(table[0], math.inf if expert_budget == fewest else -math.inf)
-        position = (expert_budget - fewest) / (self.top_k - fewest) * (BUDGET_STEPS - 1)
+        position = float(expert_budget - fewest) / (self.top_k - fewest) * (BUDGET_STEPS - 1)
         step = min(int(position), BUDGET_STEPS - 2)
         return torch.lerp(table[step], table[step + 1], position - step)
 
@@ -735,7 +735,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         for gate in self._routers():
             null = gate.e_score_correction_bias[:, gate.num_experts :]
             for router in range(null.shape[0]):
-                null[router] = gate.null_bias(router, float(expert_budget))
+                null[router] = gate.null_bias(router, expert_budget)
 
     def _routers(self) -> list[CoETopKRouter]:
         return [module for module in self.modules() if isinstance(module, CoETopKRouter)]
@@ -851,7 +851,6 @@ class CoEModel(CoEPreTrainedModel):
         """
         if expert_budget is not None:
             self._check_expert_budget(expert_budget)
-            expert_budget = float(expert_budget)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 

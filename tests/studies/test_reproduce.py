@@ -84,6 +84,8 @@ def test_every_variant_runs_all_seeds_at_its_own_best_rate_and_nothing_runs_twic
         assert row["learning_rate"] == 2e-3 and [run["seed"] for run in row["runs"]] == [0, 1, 2]
         assert all(run["validation_loss"] > 3 and run["commit"] == "abc" for run in row["runs"])
     assert result["rows"]["two"]["loss_by_learning_rate"]["0.004"] is None  # it diverged
+    assert result["config"]["hidden_size"] > 0 and "num_iterations" not in result["config"]
+    assert [row["config"]["num_iterations"] for row in result["rows"].values()] == [1, 2]
     (claim,) = result["claims"]
     assert claim["difference"] == pytest.approx(-0.1) and claim["verdict"] == "supported"
     assert not (tmp_path / "results" / "table_cpu.png").exists()
