@@ -313,6 +313,35 @@ def test_a_verdict_needs_the_interval_and_the_margin(differences, lower, as_good
     assert verdict(differences, as_good=True) == as_good
 
 
+def test_the_share_unsolved_can_decide_the_rate_and_the_claims_in_place_of_the_loss(tmp_path, trained, monkeypatch):
+    def run(command, **kwargs):
+        """Where the loss is lowest, fewest problems are solved."""
+        done = trained_run(command, **kwargs)
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        facts = Path(options["--output_dir"]) / "facts.json"
+        if facts.exists():
+            written = json.loads(facts.read_text())
+            facts.write_text(json.dumps(written | {"share_solved": round(written["validation_loss"] - 3.8, 4)}))
+        return done
+
+    trained_run = reproduce.subprocess.run
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    scale = reproduce.load_scale(ReproduceArguments(table="", dataset="word_problems"))
+    scored = reproduce.replace(scale, learning_rates=[1e-3, 2e-3], recipe=scale.recipe | {"scored_problems": 9})
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: scored)
+    result = run_table(tmp_path, "measure: unsolved" + TABLE)
+    assert result["measure"] == "unsolved"
+    assert {row["learning_rate"] for row in result["rows"].values()} == {1e-3}
+    (claim,) = result["claims"]
+    assert claim["difference"] == pytest.approx(+0.1) and claim["verdict"] == "contradicted"
+    monkeypatch.setattr(reproduce, "load_scale", lambda options: reproduce.replace(
+        scale, recipe=scale.recipe | {"scored_problems": 0}))  # fmt: skip
+    with pytest.raises(ValueError, match=r"`measure: unsolved` needs `scored_problems`.*'cpu'"):
+        run_table(tmp_path, "measure: unsolved" + TABLE)
+    with pytest.raises(ValueError, match=r"`measure=solved` is unknown"):
+        run_table(tmp_path, "measure: solved" + TABLE)
+
+
 def test_the_interval_is_student_s():
     rows = {name: {"runs": [{"validation_loss": loss} for loss in losses]}
             for name, losses in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 0.0, 0.0]))}  # fmt: skip
@@ -370,7 +399,8 @@ def test_committed_verdicts_follow_from_the_committed_runs(path):
             if file.stem.endswith("memory")
             else (reproduce.judge, table.claims)
         )
-        assert result["claims"] == [judge(claim, result["rows"]) for claim in claims]
+        measure = {} if judge is reproduce.judge_memory else {"measure": table.measure}
+        assert result["claims"] == [judge(claim, result["rows"], **measure) for claim in claims]
 
 
 def test_the_page_of_verdicts_is_what_the_results_render_to():

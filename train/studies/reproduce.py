@@ -8,7 +8,8 @@
 A row of the table overrides fields of the scale's preset; `depth: 2` doubles its layers, `length: 3` trains for three
 times the steps, `recipe:` overrides its recipe, `form:` is one of forms.py, `budget: 2` scores its run at two experts
 a token and iteration and `bits: 4` with its experts in four bits. Each learning rate is tried with the first seed; the
-one with the lowest validation loss runs with the others. A table's `scale:` gives it seeds or rates of its own.
+one with the lowest validation loss, or with `measure: unsolved` the smallest share of unsolved problems, runs with the
+others. A table's `scale:` gives it seeds or rates of its own.
 Every run is a run of train/pretrain.py in a folder of its own, shared by all tables that need it: what is finished
 is not run again, nor what `<results_dir>/runs/<scale>.json` records of runs on another machine. Writes
 `<results_dir>/<table>_<scale>.json`, and a picture if the table asks for one.
@@ -56,6 +57,12 @@ from modeling_coe.train.report import environment, peak_bytes, save_picture
 # Student's t, two-sided 95 %, by the number of seeds.
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 EQUAL_COMPUTE = 0.05
+# What can be claimed of runs, the lower the better: nats per token of the validation documents, and the share of
+# the scored validation problems whose answer is wrong.
+MEASURES = {
+    "validation_loss": lambda run: run["validation_loss"],
+    "unsolved": lambda run: 1 - run["share_solved"],
+}
 # One lock for each run's folder, one for the record of finished runs.
 TRAINING = defaultdict(Lock)
 RECORDING = Lock()
@@ -98,11 +105,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Claim:
-    """`row` ends at a lower validation loss than `than`; with `as_good`, at one that is no higher.
+    """`row` ends at a lower value of the table's measure than `than`; with `as_good`, at one that is no higher.
 
     Lists of rows are compared pair by pair, and a seed counts once, with its mean over the pairs: it has the same
-    documents and initialisation in all of them. Differences below `margin` nats do not count. `published` holds the
-    paper's losses of both.
+    documents and initialisation in all of them. Differences below `margin` do not count: nats of validation loss, or a
+    share of the problems. `published` holds the paper's losses of both.
     """
 
     claim: str
@@ -140,7 +147,7 @@ class Table:
     """Variants and what is claimed of them; `scale` has the fields in which the table differs from its scale.
 
     With `balance` the result says how the routers of every run spread their tokens; `frontier` and `memory` ask for a
-    picture.
+    picture. The `measure` that claims are about is one of MEASURES.
     """
 
     question: str
@@ -150,9 +157,12 @@ class Table:
     frontier: bool = False
     memory: bool = False
     balance: bool = False
+    measure: str = "validation_loss"
     scale: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        if self.measure not in MEASURES:
+            raise ValueError(f"`measure={self.measure}` is unknown; choose one of {list(MEASURES)}.")
         for claim in (*self.claims, *self.memory_claims):
             for name in chain.from_iterable(claim.pairs):
                 if name not in self.rows:
@@ -191,6 +201,8 @@ def main(arguments: list[str] | None = None):
     scale = replace(load_scale(options), **table.scale)
     variants = {name: build_variant(row, scale) for name, row in table.rows.items()}
     check_compute(table, variants)
+    if table.measure == "unsolved" and not scale.recipe.get("scored_problems"):
+        raise ValueError(f"`measure: unsolved` needs `scored_problems` in the recipe of the scale {options.scale!r}.")
     output = Path(options.results_dir)
     output.mkdir(parents=True, exist_ok=True)
     name = f"{Path(options.table).stem}_{options.scale}"
@@ -202,8 +214,8 @@ def main(arguments: list[str] | None = None):
         # The record has no room for how every router spread its tokens.
         record = None if table.balance else output / "runs" / f"{options.scale}.json"
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows = compete(variants, scale, Path(options.runs_dir) / options.scale, record, pool)
-        claims = [judge(claim, rows) for claim in table.claims]
+            rows = compete(variants, scale, Path(options.runs_dir) / options.scale, record, pool, table.measure)
+        claims = [judge(claim, rows, table.measure) for claim in table.claims]
         if table.memory:
             plot_memory(rows, scale.recipe, output / f"{name}.png")
         elif table.frontier:
@@ -229,6 +241,7 @@ def describe(options: ReproduceArguments, table: Table, scale: Scale) -> dict:
         "question": table.question,
         "command": command,
         "corpus": hash_of_corpus(scale.recipe["dataset"]),
+        "measure": table.measure,
         "scale": asdict(replace(scale, recipe=scale.recipe | {"dataset": dataset})),
         **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
@@ -318,7 +331,12 @@ def check_compute(table: Table, variants: dict[str, Variant]):
 
 
 def compete(
-    variants: dict[str, Variant], scale: Scale, output: Path, record: Path | None, pool: ThreadPoolExecutor
+    variants: dict[str, Variant],
+    scale: Scale,
+    output: Path,
+    record: Path | None,
+    pool: ThreadPoolExecutor,
+    measure: str = "validation_loss",
 ) -> dict:
     """Every variant's result: its learning rates with the first seed, then the best of them with the others."""
     first, *others = scale.seeds
@@ -330,7 +348,7 @@ def compete(
     for name, futures in tries.items():
         results = [future.result() for future in futures]
         grids[name] = {f"{run['learning_rate']:g}": run["validation_loss"] for run in results}
-        best[name] = min(results, key=lambda run: math.inf if run["diverged"] else run["validation_loss"])
+        best[name] = min(results, key=lambda run: math.inf if run["diverged"] else MEASURES[measure](run))
     rates = {name: run["learning_rate"] for name, run in best.items()}
     repeats = {
         name: [pool.submit(run_once, variant, rates[name], seed, output, record) for seed in others]
@@ -482,7 +500,7 @@ def read_run(folder: Path, rate: float, seed: int) -> dict:
     }
 
 
-def judge(claim: Claim, rows: dict) -> dict:
+def judge(claim: Claim, rows: dict, measure: str = "validation_loss") -> dict:
     """The claim with the mean difference of its rows, paired by seed, its 95 % interval, and a verdict.
 
     Supported: the interval lies on the claim's side, and the mean beyond the margin. Contradicted: the interval
@@ -490,7 +508,7 @@ def judge(claim: Claim, rows: dict) -> dict:
     """
     by_pair = [
         [
-            run["validation_loss"] - other["validation_loss"]
+            MEASURES[measure](run) - MEASURES[measure](other)
             for run, other in zip(rows[row]["runs"], rows[than]["runs"], strict=True)
         ]
         for row, than in claim.pairs

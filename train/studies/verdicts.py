@@ -76,7 +76,13 @@ def kind_of(name: str, result: dict) -> str:
 def judged(results: dict[str, dict]) -> list[dict]:
     """The claims of all results, each with the scale at which it was judged, its verdict in words, and a number."""
     claims = [
-        claim | {"file": name, "scale": scale_of(name), "words": words_of(claim, result["rows"])}
+        claim
+        | {
+            "file": name,
+            "scale": scale_of(name),
+            "words": words_of(claim, result["rows"]),
+            "unit": " of the problems" if result.get("measure") == "unsolved" else "",
+        }
         for name, result in results.items()
         for claim in result["claims"]
     ]
@@ -114,7 +120,11 @@ def plot_differences(claims: list[dict], path: Path):
         spread = [[difference - low], [high - difference]]
         axis.errorbar(difference, height, xerr=spread, fmt="o", markersize=4, color=color)
     axis.set_yticks(range(len(claims)), [claim["number"] for claim in claims], fontsize=6)
-    axis.set(ylim=(len(claims) - 0.5, -0.5), ylabel="claim", xlabel="difference in validation loss (nats)")
+    axis.set(
+        ylim=(len(claims) - 0.5, -0.5),
+        ylabel="claim",
+        xlabel="difference (nats, or share of problems)",
+    )
     # One interval of seeds that disagree would leave no room for the others.
     axis.set_xlim(max(-0.4, axis.get_xlim()[0]), min(0.4, axis.get_xlim()[1]))
     axis.grid(axis="x", color="0.92")
