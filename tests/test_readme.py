@@ -65,14 +65,8 @@ def test_every_table_is_what_the_committed_results_render_to():
 
 def test_few_bits_change_the_loss_by_less_than_the_readme_says():
     quality = [chain["results"].values() for chain in readme.result("low_bits")["quality"].values()]
-    assert "the loss changes by less than 0.001 nats" in README
+    assert "the loss of three small trained models changed by less than 0.001 nats" in " ".join(README.split())
     assert len(quality) == 3 and all(abs(row["change"]) < 0.001 for rows in quality for row in rows)
-
-
-def test_the_speed_of_pools_at_the_papers_shape_is_the_measured_one():
-    rows = readme.result("pool_memory_paper")["rows"]
-    two, four = (rows[f"CoE-2(4/64), {layers} layers a pool"]["speed"] for layers in ("two", "four"))
-    assert f"pools run at {two:.2f}x and\n{four:.2f}x of its speed" in README
 
 
 def test_every_program_that_works_names_a_test_or_a_target_that_exists():

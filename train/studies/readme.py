@@ -9,6 +9,10 @@ import json
 import re
 from pathlib import Path
 
+from modeling_coe import CoEConfig
+from modeling_coe.budget import TrainingSetup, training_memory
+from modeling_coe.train.studies.pool_memory import MODELS, PLAIN
+
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "model_cards" / "studies"
@@ -61,27 +65,30 @@ def speed() -> str:
 def use() -> str:
     """When to take a chain and when Mixtral, what either costs, and where that was measured."""
     suites = {name: suite["results"] for name, suite in result("benchmark_cpu").items()}
-    (peak,) = (value for key, value in suites["memory"].items() if key.startswith("peak of a train step"))
-    (step,) = (value for key, value in suites["train_step"].items() if key.startswith("train step"))
+    (kept,) = (value for key, value in suites["memory"].items() if key.startswith("peak of a train step"))
     (batch,) = (value for key, value in suites["decode"].items() if key.startswith("decode, batch 16,"))
     chain, nested, mixtral = "CoE-2(4/64)", "nested CoE-2(4/64)", "Mixtral MoE(8/64)"
-    at_3m = difference("seeds_tiny", nested, mixtral)
-    at_7m = [difference(name, nested, mixtral) for name in ("equal_compute_cpu", "equal_compute_small")]
-    at_7m += [claim["difference"] for claim in result("initialisation_small")["claims"]]
+    at_3m = claim("seeds_tiny", nested, mixtral)
+    at_7m = [claim(name, nested, mixtral)["difference"] for name in ("equal_compute_cpu", "equal_compute_small")]
+    at_7m += [judged["difference"] for judged in result("initialisation_small")["claims"]]
     paper = result("pool_memory_paper")["rows"]
-    two, four = (
-        paper[f"CoE-2(4/64), {layers} layers a pool"]["plain"]["of_mixtrals_peak"] for layers in ("two", "four")
-    )
+    pools = [f"CoE-2(4/64), {layers} layers a pool" for layers in ("two", "four")]
+    two, four = (paper[pool]["plain"]["of_mixtrals_peak"] for pool in pools)
+    two_of_16, four_of_16 = (peak_of_batch(pool) / peak_of_batch(mixtral) for pool in pools)
+    speeds = [result(f"pool_memory_{shape}")["rows"] for shape in ("paper", "small", "gsm8k")]
+    speeds = [rows["CoE-2(4/32)" if chain not in rows else chain]["speed"] for rows in speeds]
     file = result("low_bits")["files"][chain]["experts int4"]["of bf16"]
-    shared = difference("pools_tiny", "CoE-2(4/32), one pool of a quarter", "Mixtral MoE(8/32)")
+    quarter, full, few = "CoE-2(4/32), one pool of a quarter", "CoE-2(4/32)", "CoE-2(4/8)"
+    shared, beside_few = (claim("pools_tiny", quarter, than)["difference"] for than in (full, few))
     return table(
         ("", ""),
         (
             "Take it",
-            "to train a mixture of experts in less memory (layers that share a pool: the peak of a step is "
-            f"{two:.2f}x Mixtral's where two share one, {four:.2f}x where four do), to store experts in 4 bits (the "
-            f"file is {file:.2f}x), to let easy tokens compute fewer experts, or to study chains under Mixtral's "
-            "names.",
+            "to train a mixture of experts in less memory (layers that share a pool: with one sequence of 512 tokens "
+            f"a step, the peak is {two:.2f}x Mixtral's where two share one and {four:.2f}x where four do; with 16 "
+            f"sequences {two_of_16:.2f}x and {four_of_16:.2f}x, predicted), to store experts in 4 bits (the file is "
+            f"{file:.2f}x), to turn down how many experts a token computes after training, or to study chains under "
+            "Mixtral's names.",
         ),
         (
             "Take Mixtral",
@@ -90,43 +97,54 @@ def use() -> str:
             "of eight. It is here too, as `num_iterations=1`.",
         ),
         (
-            "What does training a chain cost?",
-            f"As much time as Mixtral ({step[chain]['ratio']:.2f}x its speed), and {peak[chain]['ratio']:.2f}x its "
-            "memory on top of weights and optimizer states.",
+            "Does a chain learn better?",
+            f"No. At 2.9 M parameters and equal compute it ends {at_3m['difference']:.2f} nats a token above Mixtral "
+            f"(95 % interval {at_3m['interval'][0]:.2f} to {at_3m['interval'][1]:.2f}, ten seeds). At 7 M it ends "
+            f"between {-min(at_7m):.2f} below and {max(at_7m):.2f} above, depending on the initialisation; where it "
+            "ends below, so does Mixtral with doubled router weights.",
         ),
         (
-            "Does a chain learn better?",
-            f"We could not show it. At equal compute and memory, its validation loss ends {at_3m:+.2f} nats (natural "
-            f"units, per token) from Mixtral's at 2.9 M parameters, and {min(at_7m):+.2f} to {max(at_7m):+.2f} at "
-            "7 M, depending on the initialisation; where it gains, Mixtral with doubled router weights gains as much.",
+            "What does training a chain cost?",
+            f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed with the same experts' code, more the larger "
+            'the model, and the same peak. That code (`experts_implementation="coe"`, for Mixtral too) keeps less '
+            f"for the backward pass: beyond weights and optimizer a step needs {kept['CoE-1(8/64)']['ratio']:.2f}x "
+            f"with one iteration and {kept[chain]['ratio']:.2f}x with two.",
         ),
         (
             "What does a shared pool cost?",
-            f"Four layers on one pool of a quarter of the experts ended {shared:+.2f} nats from Mixtral, which three "
-            "seeds do not decide.",
+            f"One pool for four layers, a quarter of the experts, ended {shared:.2f} nats above the same chain with a "
+            f"full pool in each layer, and {beside_few:.2f} above one with a quarter in each layer, which needs as "
+            "little memory; three seeds decide neither.",
         ),
         (
             "Where was that measured?",
-            "Loss: models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds, at sizes that cannot tell "
-            "numbers of experts apart. Memory: the paper's shape, 636 M. Whether the losses say anything about larger "
-            "models is open.",
+            "Losses: models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds, at sizes that cannot "
+            "tell numbers of experts apart; whether they say anything about larger models is open. Peaks, files: the "
+            "paper's shape, 636 M. Decoding, and what is kept for the backward pass: 2 layers of width 256.",
         ),
     )
+
+
+def peak_of_batch(name: str) -> int:
+    """Bytes at the peak of a step of 16 sequences of 512 tokens in bf16, as budget.py predicts them, of a model of
+    pool_memory_paper.json."""
+    config = CoEConfig(**result("pool_memory_paper")["shape"], **MODELS[name])
+    return sum(training_memory(config, TrainingSetup(**PLAIN | {"batch_size": 16})).values())
 
 
 def pools() -> str:
     """Loss, memory and speed of one training run on GSM8K with and without shared pools."""
     losses, costs = result("pools_tiny")["rows"], result("pool_memory_gsm8k")["rows"]
     rows = [("trained on GSM8K", "parameters", "validation loss", "peak of a step", "speed of a step")]
-    for name, cost in costs.items():
-        loss = losses[name]
+    for name in (*costs, "CoE-2(4/8)"):
+        loss, cost = losses[name], costs.get(name)
+        measured = (f"{cost['plain']['of_mixtrals_peak']:.2f}x", f"{cost['speed']:.2f}x") if cost else ("", "")
         rows.append(
             (
                 name,
-                f"{cost['parameters'] / 1e6:.1f} M",
+                f"{loss['parameters'] / 1e6:.1f} M",
                 f"{loss['mean_validation_loss']:.3f} ± {loss['standard_deviation']:.3f}",
-                f"{cost['plain']['of_mixtrals_peak']:.2f}x",
-                f"{cost['speed']:.2f}x",
+                *measured,
             )
         )
     return table(*rows)
@@ -144,9 +162,9 @@ def low_bits() -> str:
     return table(*rows)
 
 
-def difference(name: str, row: str, than: str) -> float:
-    """How far `row` ends above `than`, in nats."""
-    return next(one["difference"] for one in result(name)["claims"] if (one["row"], one["than"]) == (row, than))
+def claim(name: str, row: str, than: str) -> dict:
+    """The claim of a result that `row` ends lower than `than`, or no higher."""
+    return next(one for one in result(name)["claims"] if (one["row"], one["than"]) == (row, than))
 
 
 def compatibility() -> str:

@@ -28,6 +28,7 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -36,6 +37,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig
@@ -63,9 +65,8 @@ MEASURES = {
     "validation_loss": lambda run: run["validation_loss"],
     "unsolved": lambda run: 1 - run["share_solved"],
 }
-# One lock for each run's folder, one for the record of finished runs.
+# One lock for each run's folder.
 TRAINING = defaultdict(Lock)
-RECORDING = Lock()
 
 
 @dataclass
@@ -186,11 +187,11 @@ class Variant:
 
     @property
     def config(self) -> CoEConfig:
-        return CoEConfig(**self.preset | ({} if self.budget is None else {"expert_budget": self.budget}))
+        return CoEConfig(**self.preset)
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole run, for every token of a batch."""
+        """FLOPs of the whole run, for every token of a batch; however it is scored."""
         return training_flops(self.config, self.recipe["sequence_length"]) * self.recipe["max_steps"]
 
 
@@ -201,8 +202,12 @@ def main(arguments: list[str] | None = None):
     scale = replace(load_scale(options), **table.scale)
     variants = {name: build_variant(row, scale) for name, row in table.rows.items()}
     check_compute(table, variants)
-    if table.measure == "unsolved" and not scale.recipe.get("scored_problems"):
-        raise ValueError(f"`measure: unsolved` needs `scored_problems` in the recipe of the scale {options.scale!r}.")
+    is_scored = any(variant.is_scored for variant in variants.values())
+    if table.measure == "unsolved" and (is_scored or not scale.recipe.get("scored_problems")):
+        raise ValueError(
+            "`measure: unsolved` needs rows without `budget` and `bits`, and `scored_problems` in the recipe of the "
+            f"scale {options.scale!r}."
+        )
     output = Path(options.results_dir)
     output.mkdir(parents=True, exist_ok=True)
     name = f"{Path(options.table).stem}_{options.scale}"
@@ -211,8 +216,8 @@ def main(arguments: list[str] | None = None):
         claims = [judge_memory(claim, rows) for claim in table.memory_claims]
         name += "_memory"
     else:
-        # The record has no room for how every router spread its tokens.
-        record = None if table.balance else output / "runs" / f"{options.scale}.json"
+        # The record has neither the models, to score them in other ways, nor how every router spread its tokens.
+        record = None if table.balance or is_scored else output / "runs" / f"{options.scale}.json"
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = compete(variants, scale, Path(options.runs_dir) / options.scale, record, pool, table.measure)
         claims = [judge(claim, rows, table.measure) for claim in table.claims]
@@ -348,7 +353,7 @@ def compete(
     for name, futures in tries.items():
         results = [future.result() for future in futures]
         grids[name] = {f"{run['learning_rate']:g}": run["validation_loss"] for run in results}
-        best[name] = min(results, key=lambda run: math.inf if run["diverged"] else MEASURES[measure](run))
+        best[name] = min(results, key=partial(rank, measure=measure))
     rates = {name: run["learning_rate"] for name, run in best.items()}
     repeats = {
         name: [pool.submit(run_once, variant, rates[name], seed, output, record) for seed in others]
@@ -380,12 +385,17 @@ def compete(
     return rows
 
 
+def rank(run: dict, measure: str) -> tuple[float, float]:
+    """By the measure, among equals by the loss; what diverged comes last."""
+    return (math.inf, math.inf) if run["diverged"] else (MEASURES[measure](run), run["validation_loss"])
+
+
 def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Path | None) -> dict:
     """One run of train/pretrain.py, unless its folder or `record` has the finished run; what became of it."""
     identity = [variant.preset, variant.recipe, rate, seed]
     identity += [what for what in (hash_of_corpus(variant.recipe["dataset"]), variant.form) if what]
     folder = output / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    recorded = read_record(record) if record and not variant.is_scored else {}
+    recorded = read_record(record) if record else {}
     if folder.name in recorded:
         return recorded[folder.name]
     with TRAINING[folder]:  # rows that differ in how they are scored share a run
@@ -393,12 +403,12 @@ def run_once(variant: Variant, rate: float, seed: int, output: Path, record: Pat
     run = read_run(folder, rate, seed)
     if record:
         run.pop("routing_health", None)
-        with RECORDING:
+        with FileLock(output / "record.lock"):
             record.parent.mkdir(exist_ok=True)
             write_json(record, read_record(record) | {folder.name: run})
     if not variant.is_scored or run["diverged"]:
         return run
-    kept = ("seed", "learning_rate", "diverged", "share_solved", "commit")
+    kept = ("seed", "learning_rate", "diverged", "commit")
     return {fact: run[fact] for fact in kept} | score(variant, seed, folder)
 
 
@@ -504,7 +514,7 @@ def judge(claim: Claim, rows: dict, measure: str = "validation_loss") -> dict:
     """The claim with the mean difference of its rows, paired by seed, its 95 % interval, and a verdict.
 
     Supported: the interval lies on the claim's side, and the mean beyond the margin. Contradicted: the interval
-    excludes what the claim says. Undecided: neither.
+    excludes what the claim says. Undecided: neither, or no run solves a single problem.
     """
     by_pair = [
         [
@@ -520,6 +530,10 @@ def judge(claim: Claim, rows: dict, measure: str = "validation_loss") -> dict:
         supported, contradicted = mean + half < claim.margin, mean - half > claim.margin
     else:
         supported, contradicted = mean + half < 0 and mean <= -claim.margin, mean - half > -claim.margin
+    if measure == "unsolved" and not any(
+        run["share_solved"] for pair in claim.pairs for name in pair for run in rows[name]["runs"]
+    ):
+        supported = contradicted = False
     return asdict(claim) | {
         "difference": round(mean, 4),
         "interval": [round(mean - half, 4), round(mean + half, 4)],

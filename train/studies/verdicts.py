@@ -18,6 +18,7 @@ from modeling_coe import CoEConfig
 from modeling_coe.budget import count_expert_combinations, equal_compute_moe
 from modeling_coe.train.report import save_picture
 from modeling_coe.train.studies.reproduce import T_95
+from modeling_coe.train.studies.tasks import stored_bits
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,18 +38,19 @@ def render() -> str:
     tables = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(TABLES.glob("*.yaml"))}
     chain = CoEConfig(num_iterations=2, num_experts_per_tok=4, num_local_experts=64)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mean_by_iteration"] = mean_by_iteration
+    environment.filters |= {"mean_by_iteration": mean_by_iteration, "code": "`{}`".format}
     template = environment.from_string((RESULTS / "template.md").read_text(encoding="utf-8"))
     claims = judged(losses)
+    instruments = [judge_scale(name, result) for name, result in losses.items() if name.startswith("instrument_")]
     return template.render(
-        margin=min((claim["margin"] for claim in claims), default=0.02),
         claims=claims,
         memory_claims=judged(memory),
         combinations=count_expert_combinations(chain) / count_expert_combinations(equal_compute_moe(chain)),
         tables=[describe(name, result) for name, result in losses.items()],
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
         largest_error=LARGEST_ERROR,
-        instruments=[judge_scale(name, result) for name, result in losses.items() if name.startswith("instrument_")],
+        instruments=instruments,
+        passed=[instrument["scale"] for instrument in instruments if instrument["counts"]],
         search=read_results("search")["search.json"],
         routings=read_results("routing"),
         others=read_results("others"),
@@ -167,7 +169,7 @@ def mean_by_iteration(values: list[list[float]]) -> str:
 def describe(name: str, result: dict) -> dict:
     """A result with the mean share of problems that each row's seeds solve."""
     rows = {
-        row: content | {"solved": statistics.mean(run["share_solved"] or 0 for run in content["runs"])}
+        row: content | {"solved": statistics.mean(run.get("share_solved") or 0 for run in content["runs"])}
         for row, content in result["rows"].items()
     }
     dial = [
@@ -180,6 +182,11 @@ def describe(name: str, result: dict) -> dict:
         for row, content in rows.items()
         if "routing_health" in content["runs"][0]
     ]
+    stored = [
+        (row, stored_bits(content["mean_validation_loss"]) / content["parameters"])
+        for row, content in rows.items()
+        if scale_of(name) == "capo"
+    ]
     picture = Path(name).with_suffix(".png")
     picture = picture if (RESULTS / picture).is_file() else None
     return result | {
@@ -189,6 +196,7 @@ def describe(name: str, result: dict) -> dict:
         "rows": rows,
         "dial": dial,
         "balance": balance,
+        "stored": stored,
     }
 
 
