@@ -1,6 +1,7 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Made-up tasks for reproduce.py that need either several steps of reasoning on what the weights store, or only room:
+"""Made-up tasks for reproduce.py: two need several steps of reasoning on facts in the weights, one needs room for
+facts, one needs neither.
 
     python train/studies/tasks.py --task hops --output runs/hops
 
@@ -14,7 +15,7 @@ recall  values of keys in the context, `k5 v1 k2 v9 k2 v9 k5 #### v1`: attention
         2312.04927).
 
 Writes train.parquet, validation.parquet, a tokenizer of whole words, and corpus.json with a hash, which every result
-quotes. The same everywhere: nothing but the seed decides.
+quotes. The same on every machine, for the seed is fixed.
 """
 
 import hashlib
