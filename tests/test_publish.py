@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from modeling_coe.train import hub as hub_module
 from modeling_coe.train import publish
+from modeling_coe.train.report import environment
 from modeling_coe.train.studies import release
-from train.report import environment
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,8 @@ def write_run(folder: Path, iteration_scale: bool = False, **facts) -> Path:
         **facts,
     }
     (folder / "facts.json").write_text(json.dumps(run))
-    (folder / "run.json").write_text(json.dumps({"data": "digest", "training": {"learning_rate": 0.003, "seed": 3}}))
+    training = {"learning_rate": 0.003, "seed": 3, "world_size": 1}
+    (folder / "run.json").write_text(json.dumps({"data": "digest", "training": training}))
     (folder / "samples.json").write_text(json.dumps(samples))
     (folder / "loss_curve.jsonl").write_text('{"loss": 4.5}\n')
     shutil.copy(ROOT / "model_cards" / "chain.png", folder / "loss_curve.png")
@@ -515,6 +516,19 @@ def test_a_run_whose_time_is_not_known_claims_no_energy(tmp_path):
     assert "kWh" not in card and "| Time | not known |" in card
 
 
+@pytest.mark.parametrize(
+    ("device", "watts"), [("NVIDIA H100", 4 * 700), ("Some processor (CPU)", 4 * 6 * 15)], ids=["GPUs", "threads"]
+)
+def test_the_energy_is_that_of_the_machines_that_trained(device, watts, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of the one that publishes
+    run = write_run(tmp_path, device=device, threads=6)
+    record = json.loads((run / "run.json").read_text())
+    record["training"]["world_size"] = 4
+    (run / "run.json").write_text(json.dumps(record))
+    publish.main([str(run), "--repo", REPO])
+    assert json.loads((run / "hub" / "facts.json").read_text())["energy"]["watts"] == watts
+
+
 def test_adapter_is_refused(tmp_path):
     run = write_run(tmp_path)
     (run / "adapter_config.json").write_text("{}")
@@ -591,6 +605,24 @@ def test_chain_stands_beside_its_source_trained_on_for_the_same_steps(tmp_path):
     assert [result.metric_value for result in card.data.eval_results] == [4.25, 0.2]  # the source's are not ours
     (control / "facts.json").write_text(json.dumps(facts | {"steps": 18}))
     with pytest.raises(ValueError, match="`steps=18`, the run `17`"):
+        publish.main([str(run), *options])
+
+
+def test_a_fine_tune_stands_beside_its_control_by_the_loss_of_the_answers(tmp_path):
+    losses = {"validation_loss": 1.25, "answer_loss_before": 3.5}
+    run = write_upcycled_run(tmp_path / "run", answer_loss=2.5, **losses)
+    record = json.loads((run / "run.json").read_text()) | {"lora": {}, "data": {"columns": ["prompt", "completion"]}}
+    (run / "run.json").write_text(json.dumps(record))
+    control = write_run(tmp_path / "control", dataset="/somewhere/gsm8k", answer_loss=2.25, **losses)
+    options = ["--repo", REPO, *NAMES, "--control", str(control)]
+    publish.main([str(run), *options])
+    text = (run / "hub" / "README.md").read_text()
+    assert "ends 0.2500 nats per token below this chain" in text
+    assert "| loss of the answers, nats per token |  | 2.5 |" in text and "before this training |  | 3.5 |" in text
+    facts = json.loads((control / "facts.json").read_text())
+    del facts["answer_loss"]
+    (control / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"control/facts\.json lacks `answer_loss`"):
         publish.main([str(run), *options])
 
 

@@ -136,17 +136,14 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
     data = options.dataset_id or run["dataset"]
     # Fine-tuning on questions and answers scores the answers alone, and its record says so.
     is_pair = "lora" in record and "prompt" in record["data"]["columns"]
-    loss = "loss of the answers, nats per token" if is_pair else "loss, nats per token"
-    if is_pair:
-        run = run | {
-            name: run[name.replace("validation", "answer")] for name in ("validation_loss", "validation_loss_before")
-        }
-    evaluation = [("loss", loss, run["validation_loss"], None)]
+    loss = "answer_loss" if is_pair else "validation_loss"
+    label = "loss of the answers, nats per token" if is_pair else "loss, nats per token"
+    evaluation = [("loss", label, run[loss], None)]
     if run["share_solved"] is not None:
         evaluation.append(("exact_match", "share solved", run["share_solved"], run["scored_problems"]))
     names = ("metric", "name", "value", "count")
-    watts = options.watts or (700 * torch.cuda.device_count() if "CPU" not in run["device"] else 15 * run["threads"])
     known = {name: value for name, value in run.items() if name != "base"}
+    known |= {"validation_loss": run[loss], "validation_loss_before": run[f"{loss}_before"]}
     facts = {
         "repo": options.repo,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -158,15 +155,20 @@ def gather_facts(options: argparse.Namespace, run: dict, record: dict, model, to
         "model": model_facts(model.config),
         "recipe": record["training"],
         "run": known | {"model": run["model"] if is_from_scratch(run) else options.base_model, "dataset": data},
-        "energy": energy_facts(run["train_seconds"], watts),
+        "energy": energy_facts(run["train_seconds"], options.watts or assumed_watts(run, record["training"])),
         "evaluation": [
             {"split": options.evaluated_split, **dict(zip(names, values, strict=True))} for values in evaluation
         ],
-        "control": None if options.control is None else control_facts(run, options.control),
+        "control": None if options.control is None else control_facts(run, options.control, loss),
         "sample": speak(model, tokenizer, samples[0], options.max_new_tokens),
         "routing": routing_facts(route(model, tokenizer, samples)),
     }
     return without_places(facts) | {"sample": facts["sample"]}
+
+
+def assumed_watts(run: dict, training: dict) -> int:
+    """Of the machines that trained: 700 a GPU, 15 a CPU thread, in each process of the run."""
+    return training["world_size"] * (15 * run["threads"] if "CPU" in run["device"] else 700)
 
 
 def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
@@ -189,8 +191,8 @@ def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
     return {"hub_id": options.base_model, "training": trained, "upcycling": upcycling}
 
 
-def control_facts(run: dict, folder: Path) -> dict:
-    """The source of a chain, trained on with the run's steps and data.
+def control_facts(run: dict, folder: Path, loss: str) -> dict:
+    """The source of a chain, trained on with the run's steps and data, and the same `loss` of it as of the run.
 
     Raises:
         ValueError: the control had other steps, other data or another seed.
@@ -200,7 +202,7 @@ def control_facts(run: dict, folder: Path) -> dict:
         if control[name] != run[name]:
             raise ValueError(f"The control has `{name}={control[name]}`, the run `{run[name]}`; they must be equal.")
     active = model_facts(AutoConfig.from_pretrained(folder))["active_parameters"]
-    return {"validation_loss": control["validation_loss"], "active_parameters": active}
+    return {"validation_loss": control[loss], "active_parameters": active}
 
 
 def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
