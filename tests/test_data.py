@@ -196,6 +196,20 @@ def test_a_tokenizer_the_embedding_cannot_hold_is_refused(tokenizer, documents, 
         load_tokenizer(None, documents["train"], 100)
 
 
+def test_what_a_call_left_in_a_tokenizer_is_not_loaded_and_answers_leave_nothing(
+    tokenizer, documents, model, tmp_path
+):
+    tokenizer.save_pretrained(tmp_path / "clean")
+    called = load_tokenizer(str(tmp_path / "clean"), documents["train"], 320)
+    called(["2+2?", "3"], padding=True, truncation=True, max_length=3)
+    called.save_pretrained(tmp_path / "called")
+    loaded = load_tokenizer(str(tmp_path / "called"), documents["train"], 320)
+    solve(model, loaded, as_problems(documents["validation"], 3), max_new_tokens=2)
+    loaded.save_pretrained(tmp_path / "again")
+    clean, left, again = ((tmp_path / name / "tokenizer.json").read_text() for name in ("clean", "called", "again"))
+    assert json.loads(left)["padding"] is not None and again == clean
+
+
 def test_packing_keeps_every_document_whole_and_once(documents, tokenizer):
     blocks = pack(documents["train"], tokenizer, 200)
     packed = []

@@ -470,3 +470,18 @@ def test_a_checkpoint_is_a_start_for_other_data(whole_run, tmp_path):
     facts = json.loads((output / "facts.json").read_text())
     assert facts["share_solved"] is None and facts["scored_problems"] == 5
     assert (output / "tokenizer.json").read_bytes() == (whole_run / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_was_saved_after_it_padded_does_not_make_a_resumed_run_another_one(whole_run, tmp_path):
+    """The first leg switched the padding off by tokenizing, the second found the tokens in the cache of `datasets`."""
+    base = tmp_path / "base"
+    shutil.copytree(whole_run, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer(["2+2?", "3"], padding=True)
+    tokenizer.save_pretrained(base)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"a line with the number {n}."}) + "\n" for n in range(30)))
+    for steps in (4, 8):
+        changes = {"dataset": data, "validation_size": 5, "scored_problems": 0, "max_steps": steps}
+        pretrain.main(options(base, tmp_path / "run", **changes))
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["resumed_from"] == "checkpoint-4"

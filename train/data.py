@@ -239,6 +239,10 @@ def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> Pre
             raise ValueError(f"`tokenizer={name}` has no eos token, which ends every document; set one and save it.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.is_fast:
+            # A file keeps the padding of the last call before it was saved, and a record of the run would see it.
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
         return tokenizer
     return _train_tokenizer(documents, vocab_size)
 
@@ -436,8 +440,8 @@ def solve(
     model.eval()
     answers = []
     for batch in problems.iter(batch_size):
-        inputs = tokenizer(batch["prompt"], return_tensors="pt", padding=True, padding_side="left")
-        inputs = inputs.to(model.device)
+        prompts = {"input_ids": tokenizer(batch["prompt"]).input_ids}
+        inputs = tokenizer.pad(prompts, return_tensors="pt", padding_side="left").to(model.device)
         output = model.generate(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,

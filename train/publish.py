@@ -219,8 +219,8 @@ def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
 
 
 def route(model, tokenizer, samples: list[dict]) -> Routing:
-    inputs = tokenizer([sample["prompt"] for sample in samples[:64]], return_tensors="pt", padding=True)
-    return record_routing(model, **inputs)
+    inputs = tokenizer([sample["prompt"] for sample in samples[:64]])
+    return record_routing(model, **tokenizer.pad(inputs, return_tensors="pt"))
 
 
 def routing_facts(routing: Routing) -> dict:
