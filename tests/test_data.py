@@ -370,6 +370,23 @@ def test_trl_s_standard_columns_are_taken(tmp_path):
     }
 
 
+@pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "suauaua", "uua", "usua"])
+def test_a_conversation_is_asked_in_the_layout_it_was_trained_in(roles, tokenizer, tmp_path):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": f"turn {turn},\nof <{role}> "} for turn, role in enumerate(roles)]
+    document = load_rows(tmp_path, [{"messages": messages}])
+    (packed,) = pack(Dataset.from_list([document]), tokenizer, 512)["input_ids"]
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<bos>" + document["prompt"]
+    assert tokenizer.apply_chat_template(messages).input_ids == packed
+
+
+def test_one_question_and_its_answer_look_in_a_chat_as_they_always_did(tokenizer):
+    chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    for turns, text in ((1, "<bos>Question: 2+2?\nAnswer:"), (2, "<bos>Question: 2+2?\nAnswer: 4<eos>")):
+        assert tokenizer.apply_chat_template(chat[:turns], tokenize=False) == text
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

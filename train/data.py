@@ -29,10 +29,12 @@ from modeling_coe.train.word_problems import word_problems
 
 
 PROMPT = "Question: {}\nAnswer:"
-# The same layout for chat clients and servers; a document of the training data is a conversation of one turn.
+# The layout of `_conversation` for chat clients and servers, with the tokens around a document.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ bos_token }}Question: {{ message['content'] }}\nAnswer:{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'system' %}{{ content }}\n\n"
+    "{% elif message['role'] == 'user' %}Question: {{ content }}\nAnswer:"
+    "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
