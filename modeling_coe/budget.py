@@ -85,6 +85,15 @@ def count_expert_combinations(config: CoEConfig) -> int:
     return math.comb(config.num_local_experts, config.num_experts_per_tok) ** config.num_iterations
 
 
+def require_fixed_compute(config: CoEConfig):
+    """Raises ValueError for a model with null experts, whose compute no model of K experts for every token equals."""
+    if config.num_null_experts > 0:
+        raise ValueError(
+            f"With `num_null_experts={config.num_null_experts}` a token computes {mean_experts(config)} experts on "
+            "average; no MoE of K experts for every token has the same compute."
+        )
+
+
 def equal_compute_moe(config: CoEConfig) -> CoEConfig:
     """The MoE(C*K/N) that the paper compares CoE-C(K/N) with: one iteration, C times the routed experts, and every
     layer has a pool of its own.
@@ -95,11 +104,7 @@ def equal_compute_moe(config: CoEConfig) -> CoEConfig:
         ValueError: the chain visits more experts than there are, C * K > N, or has null experts: what it computes
             depends on the text.
     """
-    if config.num_null_experts > 0:
-        raise ValueError(
-            f"With `num_null_experts={config.num_null_experts}` a token computes {mean_experts(config)} experts on "
-            "average; no MoE of K experts for every token has the same compute."
-        )
+    require_fixed_compute(config)
     top_k = config.num_iterations * config.num_experts_per_tok
     if top_k > config.num_local_experts:
         raise ValueError(

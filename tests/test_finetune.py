@@ -400,6 +400,15 @@ def test_the_plan_of_every_preset_and_recipe_is_printed(preset, recipe, capsys):
     assert ("Fits 7.50 GiB" in printed) != ("Does not fit 7.50 GiB" in printed)
 
 
+def test_a_model_whose_compute_depends_on_the_text_is_not_imitated(tmp_path):
+    preset = tmp_path / "dial.json"
+    fields = {"num_experts_per_tok": 4, "router_bias": True, "num_null_experts": 6, "expert_budget": 3.2}
+    preset.write_text(json.dumps({"model_type": "coe", **CONFIG, **fields}))
+    recipe = ROOT / "configuration/pretrain/paper_8gb.yaml"
+    with pytest.raises(ValueError, match=r"`num_null_experts=6` a token computes 3.2 experts on average"):
+        plan.main(["--recipe", str(recipe), "--like", str(preset), "--save", "42%"])
+
+
 def test_paper_8gb_is_planned_to_fit_eight_gib_at_the_papers_tokens_a_step():
     recipe = ROOT / "configuration/pretrain/paper_8gb.yaml"
     model, data, training = parse(

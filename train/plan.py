@@ -38,6 +38,7 @@ from modeling_coe.budget import (
     forward_flops,
     kv_cache_bytes,
     largest_micro_batch,
+    require_fixed_compute,
     serving_memory,
     training_flops,
     training_memory,
@@ -242,7 +243,11 @@ def propose(config: CoEConfig, setup: TrainingSetup, saving: float) -> list[CoEC
 
     All compute as much as `config`, within 5 %: the same visits of an expert in each layer, by routers whose size
     depends on the experts to choose from. A pool of several layers may have the experts of them all.
+
+    Raises:
+        ValueError: `config` has null experts.
     """
+    require_fixed_compute(config)
     layers, visits = config.num_hidden_layers, config.num_iterations * config.num_experts_per_tok
     whole, flops = sum(training_memory(config, setup).values()), training_flops(config, setup.sequence_length)
     proposals = []
