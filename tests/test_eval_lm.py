@@ -51,6 +51,14 @@ def test_facts_of_a_random_model_are_near_those_of_guessing(checkpoint, tmp_path
     assert evaluate(checkpoint, tmp_path, batch_size=2)["validation_loss"] == pytest.approx(facts["validation_loss"])
 
 
+def test_answers_of_an_earlier_evaluation_do_not_stand_beside_new_facts(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    evaluate(checkpoint, tmp_path, scored_problems=2)
+    assert evaluate(checkpoint, tmp_path, scored_problems=0)["scored_problems"] == 0
+    assert json.loads((tmp_path / "samples.json").read_text()) == []
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_an_adapter_is_scored_with_its_update(checkpoint, tmp_path):
     model = CoEForCausalLM.from_pretrained(checkpoint)
     model = get_peft_model(model, lora_config(model, r=3))

@@ -122,8 +122,7 @@ def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluati
         "perplexity": math.exp(min(scores["validation_loss"], math.log(sys.float_info.max))),
         "scored_problems": len(answers),
     }
-    if answers:
-        write_json(output / "samples.json", answers)
+    write_json(output / "samples.json", answers)
     if evaluation.tasks:
         facts["tasks"] = run_tasks(model, tokenizer, evaluation)
     write_json(output / "facts.json", facts | environment(model.device))
