@@ -21,7 +21,7 @@ from transformers.trainer import logger as trainer_logger
 from modeling_coe.routing import record_routing
 from modeling_coe.train import eval_lm, pretrain, report
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
-from modeling_coe.train.checkpoints import checkpoints, newest_checkpoint
+from modeling_coe.train.checkpoints import AtomicCheckpoints, checkpoints, newest_checkpoint
 from modeling_coe.train.report import read_curve
 
 
@@ -399,6 +399,17 @@ def test_a_nan_that_no_log_has_seen_is_not_saved_as_a_model(preset, tmp_path, mo
     with pytest.raises(FloatingPointError, match=r"not finite.* at step 3|eval_loss.*nan"):
         pretrain.main(options_)
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "facts.json").exists()
+
+
+def test_weights_of_another_rank_that_are_not_finite_are_said_to_be_another_rank_s(tmp_path):
+    args = SimpleNamespace(device="cpu", output_dir=str(tmp_path))
+    accelerator = SimpleNamespace(reduce=lambda count: count + 1)  # the other rank's
+    trainer = AtomicCheckpoints()
+    vars(trainer).update(
+        args=args, model=torch.nn.Linear(2, 2), accelerator=accelerator, state=SimpleNamespace(global_step=7)
+    )
+    with pytest.raises(FloatingPointError, match="not finite: a loss or weights of another rank at step 7"):
+        trainer.save_model()
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_result(preset, tmp_path, monkeypatch, capsys):

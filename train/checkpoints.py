@@ -103,7 +103,7 @@ class AtomicCheckpoints:
                 bad.append(name)
         # A rank may hold a part of the weights; all of them stop together.
         if self.accelerator.reduce(torch.tensor(float(len(bad)), device=self.args.device)) > 0:
-            self._stop(f"not finite: {', '.join(bad[:3])}")
+            self._stop(f"not finite: {', '.join(bad[:3]) or 'a loss or weights of another rank'}")
         folder = Path(output_dir or self.args.output_dir)
         with nullcontext() if self._is_saving else self._writing(folder):
             super().save_model(output_dir, _internal_call)
