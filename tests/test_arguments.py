@@ -75,6 +75,7 @@ def test_a_list_of_other_things_is_refused(tmp_path):
         ("max_steps: !big 5", "could not determine a constructor for the tag '!big'"),
         ("max_steps: 5\nseed: 1\nmax_steps: 3", "has `max_steps` 2 times"),
         ("<<: {max_steps: 1, seed: 3}\nseed: 2", r"merges another mapping \(`<<`\)"),
+        ("config: base.yaml", "names another recipe .*which a recipe does not; write its keys out"),
         ('{"model_type": "coe", "num_iterations": 2}', "is the configuration of a model; name it as `model`"),
         ("output_dir: läufe".encode("latin-1"), "recipe.yaml` cannot be read as YAML in UTF-8"),
     ],
@@ -373,6 +374,36 @@ def test_an_adapter_is_no_model_to_start_from(chain, tmp_path):
 def test_impossible_training_is_refused_by_name(training, words, message):
     with pytest.raises(ValueError, match=message):
         parse(training, arguments=["--use_cpu", "true", "--output_dir", "unused", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        ("--save_steps 0.5 --logging_steps 0.1", False),
+        ("--save_steps 0.5 --logging_steps 0.1 --max_steps 30", False),
+        ("--save_steps 0.3 --logging_steps 0.2", True),
+        ("--save_steps 0.2 --logging_steps 0.1 --max_steps 33", True),
+        ("--save_steps 0.1 --logging_steps 5 --max_steps 100", False),
+        ("--save_steps 10 --logging_steps 0.5", True),
+        ("--save_steps 0", False),
+        ("--save_steps 15 --logging_steps 10", True),
+        ("--save_steps 15 --logging_steps 10 --logging_strategy epoch", False),
+        ("--save_steps 15 --logging_steps 0 --logging_strategy no --eval_strategy no", False),
+    ],
+)
+def test_checkpoints_and_points_of_the_curve_are_compared_in_the_steps_that_trainer_takes(words, is_refused):
+    words = ["--use_cpu", "true", "--output_dir", "unused", *words.split()]
+    if not is_refused:
+        parse(PretrainArguments, arguments=words)
+        return
+    with pytest.raises(ValueError, match="must be a multiple of `logging_steps"):
+        parse(PretrainArguments, arguments=words)
+
+
+def test_shares_of_the_steps_are_refused_with_the_steps_they_are():
+    words = "--use_cpu true --output_dir unused --max_steps 33 --save_steps 0.2 --logging_steps 0.1"
+    with pytest.raises(ValueError, match=r"save_steps=0.2` .*`logging_steps=0.1` \(7 and 4 of 33 steps\)"):
+        parse(PretrainArguments, arguments=words.split())
 
 
 @pytest.mark.parametrize(

@@ -233,11 +233,7 @@ class PretrainArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         check_pool_rate(self.pool_learning_rate_factor)
         require_least(self, {"router_bias_rate": 0})
-        if self.save_strategy == "steps" and self.save_steps % self.logging_steps != 0:
-            raise ValueError(
-                f"`save_steps={self.save_steps}` must be a multiple of `logging_steps={self.logging_steps}`, or the "
-                "loss curve of a resumed run would differ from that of an uninterrupted one."
-            )
+        check_curve(self)
 
 
 @dataclass
@@ -345,6 +341,23 @@ def check_schedule(training: TrainingArguments):
             f"`lr_scheduler_kwargs={training.lr_scheduler_kwargs}` do not fit `lr_scheduler_type="
             f"{training.lr_scheduler_type}`: {error}."
         ) from error
+
+
+def check_curve(training: TrainingArguments):
+    """Refuse checkpoints between two points of the loss curve; Trainer rounds shares of the steps up."""
+    if training.save_strategy != "steps" or training.logging_strategy != "steps":
+        return
+    steps, saving, logging = training.max_steps, training.save_steps, training.logging_steps
+    rounded = ""
+    if steps > 0 and (saving < 1 or logging < 1):
+        saving, logging = (math.ceil(steps * number) if number < 1 else number for number in (saving, logging))
+        rounded = f" ({saving} and {logging} of {steps} steps)"
+    is_mixed = (0 < saving < 1) != (logging < 1)
+    if is_mixed or not math.isclose(saving / logging, round(saving / logging)):
+        raise ValueError(
+            f"`save_steps={training.save_steps}` must be a multiple of `logging_steps={training.logging_steps}`"
+            f"{rounded}, or the loss curve of a resumed run would differ from that of an uninterrupted one."
+        )
 
 
 def require_least(arguments, least: dict[str, float]):
@@ -596,10 +609,9 @@ def read_recipe(path: Path, types: dict[str, Any]) -> tuple[dict[str, str], dict
     if "model_type" in values:
         raise ValueError(f"`config={path}` is the configuration of a model; name it as `model`.")
     keys = [key.value for key, _ in node.value]
-    if "<<" in keys:
-        raise ValueError(
-            f"`config={path}` merges another mapping (`<<`), which a recipe does not; write its keys out."
-        )
+    for key, what in {"<<": "merges another mapping", "config": "names another recipe"}.items():
+        if key in keys:
+            raise ValueError(f"`config={path}` {what} (`{key}`), which a recipe does not; write its keys out.")
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"`config={path}` has `{twice[0]}` {len(twice)} times; keep the one that is meant.")
     words, structures = {}, {}
