@@ -154,6 +154,23 @@ def test_accelerate_files_have_only_keys_that_accelerate_knows(file):
     assert first_line.startswith(f"# accelerate launch --config_file configuration/accelerate/{file}.yaml train/")
 
 
+LEAST_MEMORY = """
+import torch
+from accelerate import PartialState
+from modeling_coe.train.arguments import free_memory
+
+rank = PartialState(cpu=True).process_index
+torch.cuda.mem_get_info = lambda device: ((3 - rank) * 2**30, 4 * 2**30)
+assert free_memory(torch.device("cuda")) == 2 * 2**30 - 2**29, rank
+"""
+
+
+def test_all_ranks_fit_their_batch_to_the_one_with_the_least_memory(tmp_path):
+    script = tmp_path / "least_memory.py"
+    script.write_text(LEAST_MEMORY)
+    run([*torchrun(), str(script)], tmp_path / "log")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", layouts)
 def test_two_ranks_have_the_loss_curve_of_one_process(layout, start, one_process, tmp_path):

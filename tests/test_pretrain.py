@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import logger as trainer_logger
 
 from modeling_coe.routing import record_routing
-from modeling_coe.train import eval_lm, pretrain, report
+from modeling_coe.train import arguments, eval_lm, pretrain, report
 from modeling_coe.train.arguments import DataArguments, ModelArguments, PretrainArguments, parse
 from modeling_coe.train.checkpoints import AtomicCheckpoints, checkpoints, newest_checkpoint
 from modeling_coe.train.report import read_curve
@@ -320,6 +320,25 @@ def test_a_damaged_checkpoint_is_passed_over(whole_run, preset, tmp_path):
     with pytest.warns(UserWarning):
         pretrain.main(options(preset, output))  # from the start, over the damaged ones
     assert curve(output) == curve(whole_run)
+
+
+def test_a_run_that_is_fitted_to_its_card_goes_on_where_another_micro_batch_fits(preset, tmp_path, monkeypatch):
+    step, rows = pretrain.Trainer.training_step, []
+
+    def counted(self, model, inputs, *args, **kwargs):
+        rows.append(len(inputs["input_ids"]))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain.Trainer, "training_step", counted)
+    monkeypatch.setattr(pretrain, "free_memory", lambda device: 0)
+    for steps, fitting in ((4, 4), (6, 2)):
+        monkeypatch.setattr(arguments, "largest_micro_batch", lambda *_, fitting=fitting: fitting)
+        pretrain.main(options(preset, tmp_path, max_steps=steps, auto_find_batch_size=True))
+    assert json.loads((tmp_path / "facts.json").read_text())["resumed_from"] == "checkpoint-4"
+    assert rows == 4 * [4] + 2 * [2, 2]
+    for changes in ({}, {"auto_find_batch_size": True, "per_device_train_batch_size": 2}):
+        with pytest.raises(ValueError, match=r"holds a run with `training\.(auto_find|per_device_train)_batch_size="):
+            pretrain.main(options(preset, tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from accelerate.utils import gather_object
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments, get_scheduler
 from transformers.distributed import DistributedConfig
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -436,14 +437,15 @@ def training_setup(model: ModelArguments, training: TrainingArguments, sequence_
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a training run may take on `device`: what is free, less half a GiB for kernels and fragments.
+    """Bytes that a training run may take on each rank's `device`: what is free, less half a GiB for kernels and
+    fragments, on the one with the least, so that all ranks fit the same micro-batch.
 
     Raises:
         ValueError: not a CUDA device.
     """
     if device.type != "cuda":
         raise ValueError(f"`auto_find_batch_size=true` fits CUDA GPUs, this is {device}; choose the batch yourself.")
-    return torch.cuda.mem_get_info(device)[0] - 2**29
+    return min(gather_object([torch.cuda.mem_get_info(device)[0]])) - 2**29
 
 
 def fit_micro_batch(

@@ -187,17 +187,19 @@ def pretrain(
     checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)
     draw_seed = training.seed if training.draw_by_name else None
     model = build_model(model_arguments, tokenizer, length, layout.distributed_config(), checkpoint, draw_seed)
+    fitted = training
     if training.auto_find_batch_size:
         memory = free_memory(training.device)
-        training = fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
+        fitted = fit_micro_batch(training, model.config, training_setup(model_arguments, training, length), memory)
 
     if training.process_index == 0:
         settings = {"sequence_length": length, "split_long_documents": split}
+        # What was asked for: fitted to a card with other memory, the run goes on with the same rows a step.
         record = record_of(model_arguments.model, model.config, tokenizer, training, documents["train"], **settings)
         match_record(output, record)
     trainer = Pretrainer(
         model=model,
-        args=training,
+        args=fitted,
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),

@@ -216,13 +216,15 @@ def record_of(
     """What the trajectory of a run depends on, except how long it lasts."""
     volatile = ("transformers_version", "_name_or_path")
     arguments = training.to_dict() | {"world_size": training.world_size}
+    # Only where it is set: earlier records have no such field.
+    names = [*RECORDED, "world_size", *(["auto_find_batch_size"] if training.auto_find_batch_size else [])]
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     return {
         "data": {"columns": documents.column_names, **_digests(documents)},
         "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
         "model": {name: value for name, value in config.to_dict().items() if name not in volatile},
         "weights": weights_of(model),
-        "training": {name: arguments[name] for name in (*RECORDED, "world_size") if name in arguments},
+        "training": {name: arguments[name] for name in names if name in arguments},
         **settings,
     }
 
