@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from modeling_coe import CoEConfig, CoEForCausalLM
+from modeling_coe import CoEConfig, CoEForCausalLM, modeling_coe
+from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
+from modeling_coe.routing import record_routing
 from modeling_coe.train import arguments, eval_lm, finetune, plan, publish
 from modeling_coe.train.arguments import (
+    CheckpointArguments,
     DataArguments,
     FinetuneArguments,
     LoraArguments,
@@ -93,6 +96,7 @@ def test_fine_tuning_lowers_the_validation_loss_and_writes_facts(whole_run):
     assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"] - 0.1
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
+    assert AutoConfig.from_pretrained(whole_run).use_cache
 
 
 def test_the_result_names_which_loss_is_of_the_answers(whole_run, capsys):
@@ -257,6 +261,34 @@ def test_the_routers_biases_move_in_full_fine_tuning_alone(checkpoint, tmp_path,
     weights = (load_file(path) for path in (tmp_path / "run").glob("*.safetensors"))
     moved = {name for tensors in weights for name, tensor in tensors.items() if "correction" in name and tensor.any()}
     assert bool(moved) == moves
+
+
+@pytest.mark.parametrize("router", [None, "full", "none"])
+def test_a_tuned_model_computes_the_experts_it_is_asked_for(router, checkpoint, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    dial = {"router_bias": True, "num_null_experts": 3, "expert_budget": 1.5}
+    torch.manual_seed(0)
+    model = CoEForCausalLM(CoEConfig(**AutoConfig.from_pretrained(base).to_dict() | dial))
+    calibrate_expert_budget(model, [{"input_ids": torch.randint(3, 320, (8, 64))}])
+    model.save_pretrained(base)
+    warnings = []
+    monkeypatch.setattr(modeling_coe.logger, "warning", lambda message, *_: warnings.append(message))
+    lora = {} if router is None else {"lora": "true", "lora_router": router}
+    finetune.main(command(base, tmp_path / "run", learning_rate=0.05, max_steps=8, **lora))
+    if router == "none":
+        assert any("does not hold its routers" in message for message in warnings)
+        return
+    assert warnings == []
+    loaded = eval_lm.load(CheckpointArguments(model=str(tmp_path / "run")))
+    rows = load_documents(DataArguments(train_problems=24, validation_problems=6))["train"]
+    tokenizer = load_tokenizer(str(base), rows, 320)
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    for budget in (0.5, 1.0, 1.75):
+        loaded.set_expert_budget(budget)
+        found = record_routing(loaded, batch.input_ids, attention_mask=batch.attention_mask).experts_per_token
+        assert found.mean().item() == pytest.approx(budget, abs=0.1)
 
 
 def write_rows(folder: Path, rows: list[dict], split: str = "train"):

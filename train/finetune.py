@@ -46,7 +46,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
-from modeling_coe.train.optimizer import PoolRate, balancing
+from modeling_coe.train.optimizer import PoolRate, balancing, calibrate
 from modeling_coe.train.report import (
     Curve,
     RoutingHealth,
@@ -162,7 +162,9 @@ def finetune(
     scores = partial(score, trainer.model, tokenizer, documents["validation"], *sizes)
     before, _ = scores()
     has_trained = train_from(trainer, checkpoint)
+    calibrate(trainer)
     after, answers = scores()
+    trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
         facts = {

@@ -3,8 +3,9 @@
 """Experts that several layers share may learn at a rate of their own, and routers' biases move at theirs."""
 
 from torch.optim import Optimizer
+from transformers import Trainer
 
-from modeling_coe.balancing import RouterBiasCallback
+from modeling_coe.balancing import RouterBiasCallback, calibrate_expert_budget
 
 
 POOL = ".mlp.experts."
@@ -47,3 +48,10 @@ def give_rate(optimizer: Optimizer, parameters: set, factor: float):
 def balancing(config, rate: float) -> list[RouterBiasCallback]:
     """What moves the routers' biases in training, if the model has them."""
     return [RouterBiasCallback(rate)] if getattr(config, "router_bias", False) and rate > 0 else []
+
+
+def calibrate(trainer: Trainer, batches: int = 4):
+    """Make `set_expert_budget` work on a trained model with null experts, by its first training batches."""
+    if getattr(trainer.model.config, "num_null_experts", 0) > 0:
+        rows = zip(range(batches), trainer.get_eval_dataloader(trainer.train_dataset), strict=False)
+        calibrate_expert_budget(trainer.model, [trainer._prepare_inputs(batch) for _, batch in rows])

@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.distributed import DistributedConfig
 
 import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.folders import facts_of
 from modeling_coe.train.arguments import (
     DataArguments,
@@ -48,7 +47,7 @@ from modeling_coe.train.checkpoints import (
     train_from,
 )
 from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, share_solved, solve
-from modeling_coe.train.optimizer import PoolRate, balancing
+from modeling_coe.train.optimizer import PoolRate, balancing, calibrate
 from modeling_coe.train.report import (
     ROUTING_HEALTH,
     Curve,
@@ -211,20 +210,13 @@ def pretrain(
     show_progress(trainer)
 
     has_trained = train_from(trainer, checkpoint)
-    if getattr(model.config, "num_null_experts", 0) > 0:
-        calibrate(trainer)
+    calibrate(trainer)
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, model_arguments, data_arguments, base, checkpoint, has_trained)
-
-
-def calibrate(trainer: Pretrainer, batches: int = 4):
-    """Make `set_expert_budget` work on the trained model, by its first training batches."""
-    rows = zip(range(batches), trainer.get_eval_dataloader(trainer.train_dataset), strict=False)
-    calibrate_expert_budget(trainer.model, [trainer._prepare_inputs(batch) for _, batch in rows])
 
 
 def report(
