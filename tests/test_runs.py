@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 from modeling_coe.train import checkpoints, eval_lm, finetune, pretrain, show_routing
 from modeling_coe.train.arguments import PretrainArguments, is_preset, require_weights
-from modeling_coe.train.runs import LOCK, PARTIAL, match_record, record_of, result_folder, run_folder
+from modeling_coe.train.runs import LOCK, PARTIAL, match_record, record_of, result_folder, run_folder, write_json
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,14 @@ def test_another_programs_run_json_makes_no_run(tmp_path):
     with pytest.raises(ValueError, match=r"holds run\.json"), run_folder(tmp_path, "preset.json"):
         pass
     assert (tmp_path / "run.json").read_text() == '{"name": "npm run"}'
+
+
+def test_json_is_read_back_as_it_was_given_with_short_lists_on_one_line(tmp_path):
+    texts = ["Sort [ 3, 1 ] and { }", "[\n  5 ]", "a [", " b ]", "{ ", " }", '" [ \\', "] [", ""]
+    given = {"answers": [{"prompt": text, "seen": [1, 2], "none": [], "all": {"x": [texts]}} for text in texts]}
+    write_json(tmp_path / "facts.json", given)
+    text = (tmp_path / "facts.json").read_text()
+    assert json.loads(text) == given and '"seen": [1, 2]' in text
+    for path in (Path(__file__).parents[1] / "model_cards" / "studies").glob("*.json"):
+        write_json(tmp_path / "again.json", json.loads(path.read_text()))
+        assert (tmp_path / "again.json").read_text() == path.read_text(), path

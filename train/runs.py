@@ -277,8 +277,9 @@ def write_json(path: Path, content):
 
 
 def _one_line(innermost: re.Match) -> str:
-    line = re.sub(r"\n *", " ", innermost[0])
-    line = line[0] + line[1:-1].strip() + line[-1]
+    # A line break is never part of a string, which has it escaped; a space or a bracket may be.
+    line = re.sub(r"(?<=^.)\n *|\n *(?=.$)", "", innermost[0])
+    line = re.sub(r"\n *", " ", line)
     return line if len(line) < 500 else innermost[0]
 
 
