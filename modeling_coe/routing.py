@@ -53,8 +53,11 @@ class Routing:
 
     @property
     def entropy(self) -> torch.Tensor:
-        """`[L, C]`: the entropy of the load over log N; 1 for an even load, 0 if one expert does everything."""
-        return torch.special.entr(self.load).sum(dim=-1) / torch.tensor(self.num_experts).log()
+        """`[L, C]`: the entropy of the load over log N; 1 for an even load, 0 if one expert does everything.
+
+        It is 0 in a pool of one expert, where log N is 0.
+        """
+        return torch.special.entr(self.load).sum(dim=-1) / torch.tensor(max(self.num_experts, 2)).log()
 
     @property
     def transitions(self) -> torch.Tensor:
@@ -77,7 +80,10 @@ class Routing:
         Raises:
             ValueError: not one kind for each token.
         """
-        visits = self._one_hot(kinds).T @ self.chosen
+        return self._shares_by_kind(kinds).float()
+
+    def _shares_by_kind(self, kinds: torch.Tensor) -> torch.Tensor:
+        visits = (self._one_hot(kinds).T @ self.chosen).double()
         return visits / visits.sum(dim=(-1, -2), keepdim=True).clamp(min=1)
 
     def experts_by_kind(self, kinds: torch.Tensor) -> torch.Tensor:
@@ -109,16 +115,17 @@ class Routing:
     def specialisation(self, kinds: torch.Tensor) -> torch.Tensor:
         """`[L, C]`: mutual information of a visit's kind of token and expert over the entropy of the kinds.
 
-        0 where every kind visits the experts alike, 1 where the expert tells the kind.
+        0 where every kind visits the experts alike, or all visits are of one kind; 1 where the expert tells the kind.
         """
-        joint = self.visits_by_kind(kinds)
+        joint = self._shares_by_kind(kinds)
 
         def entropy(shares: torch.Tensor) -> torch.Tensor:
             return torch.special.entr(shares).sum(dim=-1)
 
         by_kind, by_expert = entropy(joint.sum(dim=-1)), entropy(joint.sum(dim=-2))
-        # Where all tokens are of one kind, no expert can tell it.
-        return ((by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind).nan_to_num(0.0)
+        told = (by_kind + by_expert - entropy(joint.flatten(-2))) / by_kind
+        # Where they are of one kind, `by_kind` is 0 or what rounding leaves of it.
+        return told.where(joint.any(dim=-1).sum(dim=-1) > 1, 0.0).float()
 
 
 @contextmanager

@@ -65,8 +65,9 @@ def test_summaries_equal_counting_by_hand():
 def test_entropy_is_one_for_an_even_load_and_zero_for_one_expert():
     even = Routing(torch.arange(6).reshape(1, 1, 3, 2), 6, torch.zeros(1, 1))
     assert even.entropy.item() == pytest.approx(1)
-    one = Routing(torch.zeros(1, 1, 5, 1, dtype=torch.long), 6, torch.zeros(1, 1))
-    assert one.entropy.item() == 0
+    for num_experts in (6, 1):
+        one = Routing(torch.zeros(1, 1, 5, 1, dtype=torch.long), num_experts, torch.zeros(1, 1))
+        assert one.entropy.item() == 0
 
 
 @pytest.mark.parametrize("residual", ["nested", "inner", "outer"])
@@ -104,6 +105,20 @@ def test_specialisation_is_one_where_the_expert_tells_the_kind_and_zero_where_al
     assert routing.visits_by_kind(kinds)[0, 0].tolist() == [[0.25, 0.25, 0, 0], [0, 0, 0.25, 0.25]]
     with pytest.raises(ValueError, match="one kind for each of 4 tokens"):
         routing.specialisation(kinds[:3])
+
+
+def test_specialisation_is_zero_for_one_kind_of_token_and_exact_for_a_rare_one():
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens in range(1, 60):
+        experts = torch.rand(1, 2, num_tokens, 7, generator=generator).topk(3).indices
+        routing = Routing(experts, 7, torch.zeros(1, 2))
+        assert routing.specialisation(torch.zeros(num_tokens, dtype=torch.long)).eq(0).all()
+    # One token in a million is of the other kind, and only it visits the other expert.
+    rare = (torch.arange(10**6) == 5).long()
+    routing = Routing(rare[None, None, :, None], 2, torch.zeros(1, 1))
+    assert routing.specialisation(rare).item() == 1
+    nowhere = Routing(torch.full((1, 1, 4, 1), 7), 7, torch.zeros(1, 1))  # null experts only
+    assert nowhere.specialisation(torch.arange(4)).item() == 0
 
 
 def test_transitions_are_drawn_for_every_layer_and_pair_of_iterations(tmp_path):
