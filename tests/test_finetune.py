@@ -408,6 +408,19 @@ def test_routing_health_tells_the_experts_of_a_pool_that_no_visit_uses():
     assert health["pool_imbalance"] >= 5 / 3
 
 
+def test_routing_health_is_finite_where_all_tokens_choose_null_experts_and_in_a_pool_of_one_expert():
+    fields = CONFIG | {"num_experts_per_tok": 1, "layers_per_pool": 2}
+    batch = {"input_ids": torch.randint(320, (4, 16))}
+    model = CoEForCausalLM(CoEConfig(**fields, num_null_experts=1, router_bias=True)).eval()
+    model.set_expert_budget(0)
+    health = routing_health(model, batch)
+    assert health["experts_per_token_1"] == health["load_imbalance_1"] == health["pool_imbalance"] == 0
+    assert health["dead_experts_1"] == health["dead_pool_experts"] == 1
+    one = routing_health(CoEForCausalLM(CoEConfig(**fields | {"num_local_experts": 1})).eval(), batch)
+    assert one["router_entropy_1"] == 0 and one["load_imbalance_1"] == 1
+    json.dumps([health, one], allow_nan=False)
+
+
 PRETRAIN = sorted(ROOT.glob("configuration/pretrain/*.yaml"))
 FINETUNE = sorted(ROOT.glob("configuration/finetune/*.yaml"))
 PRESETS = sorted(ROOT.glob("configuration/models/*.json"))

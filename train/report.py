@@ -146,12 +146,12 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
         chosen = [layer[keep].flatten().bincount(minlength=N + 1)[:N] for layer in choices[iteration::chain]]
         loads = torch.stack(chosen).float()
         all_loads.append(loads)
-        outputs = math.log(N + config.num_null_experts)
+        outputs = math.log(max(N + config.num_null_experts, 2))
         entropy = torch.stack([torch.special.entr(layer).sum(-1).mean() for layer in probs]).mean() / outputs
         health |= {
             f"router_entropy_{iteration + 1}": round(entropy.item(), 4),
             f"dead_experts_{iteration + 1}": round(loads.eq(0).float().mean().item(), 4),
-            f"load_imbalance_{iteration + 1}": round((loads.amax(-1) / loads.mean(-1)).mean().item(), 3),
+            f"load_imbalance_{iteration + 1}": round(_imbalance(loads), 3),
         }
         if config.num_null_experts > 0:
             mean = loads.sum(-1).mean() / keep.sum()
@@ -159,8 +159,13 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     if config.layers_per_pool > 1:
         pools = torch.stack(all_loads).sum(0).unflatten(0, (-1, config.layers_per_pool)).sum(1)
         health["dead_pool_experts"] = round(pools.eq(0).float().mean().item(), 4)
-        health["pool_imbalance"] = round((pools.amax(-1) / pools.mean(-1)).mean().item(), 3)
+        health["pool_imbalance"] = round(_imbalance(pools), 3)
     return health
+
+
+def _imbalance(loads: torch.Tensor) -> float:
+    """The busiest expert's load over the mean, of `[..., N]`; 0 where all tokens chose null experts."""
+    return (loads.amax(-1) / loads.mean(-1).clamp(min=1 / loads.shape[-1])).mean().item()
 
 
 def plot_curve(rows: list[dict], path: Path, title: str):
