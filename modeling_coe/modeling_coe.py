@@ -1108,8 +1108,9 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
             # CODEPATH: pools of one layer are balanced together, as Mixtral's are; shared ones each by itself
             shares_pools = self.config.layers_per_pool > 1
             visits = self.config.layers_per_pool * self.config.num_iterations if shares_pools else None
+            biases = self._choice_biases(expert_budget)
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask, visits, self._choice_biases()
+                outputs.router_logits, self.num_experts, self.num_experts_per_tok, mask, visits, biases
             )
             if labels is not None:
                 share = self._share_of_batch(labels, loss.device, **kwargs)
@@ -1128,7 +1129,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         object.__setattr__(output, "aux_loss", aux_loss)
         return output
 
-    def _choice_biases(self) -> list[torch.Tensor] | None:
+    def _choice_biases(self, expert_budget: float | None) -> list[torch.Tensor] | None:
         """What each router adds to its logits for the choice, layer-major; None without `router_bias`."""
         # CODEPATH: only models balanced by a bias have one
         if not self.config.router_bias:
@@ -1136,7 +1137,8 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         gates = [layer.mlp.gate for layer in self.model.layers]
         # PEFT's adapter of a parameter hides the methods of the module that it is around.
         routers = [gate if hasattr(gate, "choice_bias") else gate.get_base_layer() for gate in gates]
-        return [router.choice_bias(iteration) for router in routers for iteration in range(self.config.num_iterations)]
+        iterations = range(self.config.num_iterations)
+        return [router.choice_bias(iteration, expert_budget) for router in routers for iteration in iterations]
 
     def _loss_without_logits(
         self,

@@ -169,13 +169,15 @@ def test_a_budget_that_was_set_is_saved_and_is_that_of_a_call(tmp_path):
     model = with_null_experts()
     calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
     ids = tokens(2, 9)
-    expected = model(ids, expert_budget=1.25).logits
+    expected = model(ids, expert_budget=1.25, output_router_logits=True)
     model.set_expert_budget(1.25)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    output = model(ids, output_router_logits=True)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(output.aux_loss, expected.aux_loss, rtol=0, atol=0)
     model.save_pretrained(tmp_path)
     loaded = CoEForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.expert_budget == 1.25
-    torch.testing.assert_close(loaded(ids).logits, expected)
+    torch.testing.assert_close(loaded(ids).logits, expected.logits)
     torch.testing.assert_close(loaded(ids, expert_budget=0.5).logits, model(ids, expert_budget=0.5).logits)
     model.set_expert_budget(0.5)
     asked = CoEForCausalLM.from_pretrained(tmp_path, expert_budget=0.5)
