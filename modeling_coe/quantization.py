@@ -363,9 +363,10 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
     Args:
         bits: of the experts' weights, 8 (a scale for each row) or 4.
         group_size: 32 or 64 neighbouring 4-bit weights share a scale.
-        rest_bits: 8 for attention, embeddings and head as well; None leaves them. Routers and norms always stay. Where
-            head and embeddings are one tensor, such a model runs on one device: accelerate knows tied tensors by an
-            address, which these have not.
+        rest_bits: 8 for attention, shared expert, embeddings and the head of a language model as well; None leaves
+            them. Routers, norms and the heads of other tasks, which are new and learn, always stay. Where head and
+            embeddings are one tensor, such a model runs on one device: accelerate knows tied tensors by an address,
+            which these have not.
 
     Raises:
         ValueError: any other value.
@@ -476,7 +477,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # a checkpoint's own copy of this file
     register_quantizer(METHOD)(ExpertsQuantizer)
 
 
-def bits_by_name(model: nn.Module, config: QuantizedExpertsConfig) -> dict[str, int]:
+def bits_by_name(model: PreTrainedModel, config: QuantizedExpertsConfig) -> dict[str, int]:
     """The parameters to quantise, by their full names.
 
     Raises:
@@ -498,9 +499,10 @@ def bits_by_name(model: nn.Module, config: QuantizedExpertsConfig) -> dict[str, 
     if not bits:
         raise ValueError(f"{type(model).__name__} has no fused experts to quantise.")
     if config.rest_bits is not None:
+        known = {*model.base_model.modules(), model.get_output_embeddings()}
         for name, module in model.named_modules():
             routes = name.rsplit(".", 1)[-1].endswith(("gate", "router"))
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not routes:
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module in known and not routes:
                 bits[f"{name}.weight"] = config.rest_bits
     return bits
 
@@ -528,7 +530,8 @@ class _Deserialize(ConversionOps):
         bits = self.hf_quantizer.bits.get(full_layer_name)
         empty = model.get_parameter(full_layer_name)
         if bits is None:
-            return {full_layer_name: values.to(empty.dtype)}
+            full = values if scale is None else values * scale  # a head that an earlier version stored in integers
+            return {full_layer_name: full.to(empty.dtype)}
         shape, dtype = empty.shape, torch.int8 if bits == 8 else torch.uint8
         if values is None or scale is None or values.dtype != dtype or values.numel() * 8 != shape.numel() * bits:
             return {}  # named when loading ends

@@ -33,6 +33,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from modeling_coe import (
     CoEConfig,
     CoEForCausalLM,
+    CoEForQuestionAnswering,
+    CoEForSequenceClassification,
     QuantizedExpertsConfig,
     lora_config,
     quantization,
@@ -195,6 +197,30 @@ def test_a_tied_embedding_is_quantised_and_saved_once(tmp_path):
     names = load_file(tmp_path / "quantised" / "model.safetensors").keys()
     assert "model.embed_tokens.weight_scale" in names and not any("lm_head" in name for name in names)
     assert difference(loaded(tokens(2, 5)).logits, model(tokens(2, 5)).logits) <= 0.3
+
+
+HEADS = {CoEForSequenceClassification: "score", CoEForQuestionAnswering: "qa_outputs"}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_new_head_of_a_task_stays_to_be_trained_and_a_trained_one_is_kept(head, folder, tmp_path):
+    """On a full-precision and on a quantised base; the file of a head in integers is read too."""
+    load(folder / "CoE with a shared expert", 8, 32, 8).save_pretrained(tmp_path / "base")
+    config = QuantizedExpertsConfig(rest_bits=8)
+    new = head.from_pretrained(folder / "CoE with a shared expert", num_labels=3, quantization_config=config)
+    for model in (new, head.from_pretrained(tmp_path / "base", num_labels=3)):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        kept = {name for name, parameter in model.named_parameters() if not isinstance(parameter, QuantizedWeight)}
+        assert trained == kept and all(re.search(rf"{HEADS[head]}|norm|mlp\.gate\.", name) for name in kept)
+    new.save_pretrained(tmp_path / "tuned")
+    loaded, outputs = head.from_pretrained(tmp_path / "tuned"), new(tokens(2, 5))
+    assert torch.equal(loaded(tokens(2, 5))[0], outputs[0])
+    state, name = load_file(tmp_path / "tuned" / "model.safetensors"), f"{HEADS[head]}.weight"
+    weight = QuantizedWeight.quantize(state[name], 8, 32)
+    state |= {name: weight.values, f"{name}_scale": weight.scale}
+    save_file(state, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    stored = head.from_pretrained(tmp_path / "tuned").get_parameter(name)
+    assert torch.equal(stored, weight.dequantize())
 
 
 def test_the_share_of_each_component_is_counted_from_the_tensors(folder, caplog):
