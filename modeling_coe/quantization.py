@@ -462,12 +462,14 @@ class ExpertsQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None):
+        """Ordinary weights, which learn as those of an original checkpoint; under PEFT's adapters, frozen."""
+        learns = not any(hasattr(module, "merged_adapters") for module in model.modules())
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 if isinstance(weight, QuantizedWeight):
                     # transformers may pass the name of the model's dtype.
                     weight = weight.dequantize().to(dtype if isinstance(dtype, torch.dtype) else weight.dtype)
-                    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+                    setattr(module, name, nn.Parameter(weight, requires_grad=learns))
         model.tie_weights()
         return model
 

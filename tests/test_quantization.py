@@ -361,6 +361,23 @@ def test_adapters_on_quantised_experts_learn_as_on_their_expanded_weights(config
         assert max(difference(a, b) for a, b in zip(got, results[1], strict=True)) <= 1e-5
 
 
+def test_expanded_weights_learn_as_those_of_the_original_and_under_an_adapter_stay_frozen(folder):
+    model, original = load(folder / "CoE", 4, 32, 8).dequantize(), load(folder / "CoE")
+    learning = [[name for name, one in each.named_parameters() if one.requires_grad] for each in (model, original)]
+    assert learning[0] == learning[1]
+    ids, before = tokens(2, 9), model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.model.layers[0].mlp.experts.down_proj, before)
+
+    model = adapted(load(folder / "CoE", 4, 32, 8))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.dequantize()
+    assert not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_a_merge_into_few_bits_says_what_it_loses(folder, caplog):
     model, kept = adapted(load(folder / "CoE", 4)).eval(), adapted(load(folder / "CoE", 4).dequantize()).eval()
     exact = kept(tokens(2, 9)).logits
