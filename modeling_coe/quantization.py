@@ -283,7 +283,8 @@ def _linear(input: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | N
 
 
 def _embedding(ids: torch.Tensor, weight: QuantizedWeight, *args, **kwargs) -> torch.Tensor:
-    return weight.values[ids].to(weight.dtype) * weight.scale[ids]
+    # `values[ids]` would take a negative id from the end.
+    return F.embedding(ids, weight.values).to(weight.dtype) * F.embedding(ids, weight.scale)
 
 
 def _select(weight: QuantizedWeight, expert: int | slice) -> QuantizedWeight:

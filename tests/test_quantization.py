@@ -188,6 +188,15 @@ def test_experts_in_few_bits_compute_what_their_expanded_weights_compute(name, c
     assert difference(logits, load(folder / name)(tokens(3, 7)).logits) <= (0.3 if config[0] == 4 else 0.02)
 
 
+@pytest.mark.parametrize("outside", [-1, 99])
+def test_a_token_outside_of_a_quantised_embedding_is_named(outside, folder):
+    model, ids = load(folder / "CoE", 8, 32, 8), tokens(2, 5)
+    embedding = model.get_input_embeddings()
+    assert torch.equal(embedding(ids), embedding.weight.dequantize()[ids])
+    with pytest.raises(ValueError, match=f"holds token id {outside}, outside the embedding of 99 tokens"):
+        model(torch.tensor([[5, outside]]))
+
+
 def test_a_tied_embedding_is_quantised_and_saved_once(tmp_path):
     model = build(tie_word_embeddings=True, **SIZES)
     model.save_pretrained(tmp_path / "full")
