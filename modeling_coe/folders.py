@@ -38,10 +38,11 @@ JSON_FILES = {
 }
 
 
-def require_model(option: str, name: str | os.PathLike, file: str = "config.json"):
+def require_model(option: str, name: str | os.PathLike, file: str = "config.json", *, adapters: tuple[Path, ...] = ()):
     """Fails at once where `name` is no model: nothing of this machine or the Hub, or a folder with damaged files.
 
-    `file` is the one that such a repository usually has, and that is asked for.
+    `file` is the one that such a repository usually has, and that is asked for; `adapters` are the folders that were
+    read on the way to this base model.
 
     Raises:
         ValueError: naming the option, its value and the nearest name there is, or the damaged file.
@@ -51,7 +52,7 @@ def require_model(option: str, name: str | os.PathLike, file: str = "config.json
     if not name:
         raise ValueError(f"`{option}` is empty; name a folder or a repository of the Hub.")
     if path.exists():
-        _require_readable(option, path, file)
+        _require_readable(option, path, file, adapters)
         return
     suggestion = _suggestion(path)
     if path.suffix == ".json" or name.startswith((".", "~")) or not _may_be_on_the_hub(name):
@@ -72,7 +73,7 @@ def require_model(option: str, name: str | os.PathLike, file: str = "config.json
         ) from error
 
 
-def _require_readable(option: str, path: Path, file: str):
+def _require_readable(option: str, path: Path, file: str, adapters: tuple[Path, ...]):
     """Raise ValueError where the JSON files would end the loading in an error that names none of them."""
     if path.is_file():
         if path.suffix != ".json":
@@ -89,9 +90,12 @@ def _require_readable(option: str, path: Path, file: str):
     if "generation_config.json" in contents:
         _check_token_ids(path / "generation_config.json", contents["generation_config.json"])
     if "adapter_config.json" in contents:
-        base = contents["adapter_config.json"]["base_model_name_or_path"]
+        base, adapters = contents["adapter_config.json"]["base_model_name_or_path"], (*adapters, path.resolve())
+        # An adapter may lie in the folder of its base.
+        if base and Path(base).resolve() in adapters:
+            return
         try:
-            require_model("base_model_name_or_path", base or "")
+            require_model("base_model_name_or_path", base or "", adapters=adapters)
         except ValueError as error:
             raise ValueError(f"{path / 'adapter_config.json'}: {error} An adapter needs its base model.") from error
 

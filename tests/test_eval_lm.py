@@ -4,6 +4,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -67,12 +68,17 @@ def test_an_adapter_is_scored_with_its_update(checkpoint, tmp_path):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path / "adapter")
+    beside_its_base = shutil.copytree(checkpoint, tmp_path / "both")
+    model.peft_config["default"].base_model_name_or_path = str(beside_its_base)
+    model.save_pretrained(beside_its_base)
     options = {"tokenizer": checkpoint, "scored_problems": 0}
+    both = evaluate(beside_its_base, tmp_path / "beside", **options)
     adapted = evaluate(tmp_path / "adapter", tmp_path / "adapted", **options)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = evaluate(tmp_path / "merged", tmp_path / "facts", **options)
     base = evaluate(checkpoint, tmp_path / "base", **options)
-    assert adapted["validation_loss"] == pytest.approx(merged["validation_loss"], rel=1e-5)
+    for scores in (adapted, both):
+        assert scores["validation_loss"] == pytest.approx(merged["validation_loss"], rel=1e-5)
     assert abs(adapted["validation_loss"] - base["validation_loss"]) > 1e-3
     assert "share_solved" not in base
 

@@ -59,6 +59,19 @@ def test_a_name_that_might_be_on_the_hub_costs_one_question(name, tmp_path, monk
     require_model("model", name + "e")
 
 
+def test_an_adapter_may_lie_in_the_folder_of_its_base_and_two_may_name_each_other(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for bases in ((one, other), (f"{other}/.", one)):
+        for folder, base in zip((one, other), bases, strict=True):
+            build().save_pretrained(folder)
+            content = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+            (folder / "adapter_config.json").write_text(json.dumps(content))
+        require_model("model", one)
+    (other / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json: .*config.json is damaged.* needs its base model"):
+        require_model("model", one)
+
+
 def test_a_file_in_place_of_the_source_is_named(source):
     with pytest.raises(ValueError, match="is a file"):
         upcycle(source / "model.safetensors")

@@ -54,8 +54,10 @@ class EvaluationArguments:
 
 
 def load(arguments: CheckpointArguments) -> PreTrainedModel:
-    """The model in evaluation mode; an adapter is merged into its base model."""
-    if (Path(arguments.model) / "adapter_config.json").is_file():
+    """The model in evaluation mode; an adapter is merged into its base model, unless it lies in the same folder."""
+    # Of such a folder transformers loads both, and PEFT would apply the adapter once more.
+    has_adapter, has_base = ((Path(arguments.model) / f"{name}config.json").is_file() for name in ("adapter_", ""))
+    if has_adapter and not has_base:
         model = AutoPeftModelForCausalLM.from_pretrained(
             arguments.model, **arguments.load_options()
         ).merge_and_unload()
