@@ -37,7 +37,7 @@ def lora_config(
         experts: adapt the routed and the shared experts.
         router: `"full"` trains the routers themselves (C * N * H parameters a layer), `"lora"` a rank-r update of
             each, `"none"` freezes them.
-        r: rank; an expert pool has `r * N * (3 * H + 3 * I)` parameters a layer.
+        r: rank; an expert pool has `r * N * (2 * H + 3 * I)` parameters a layer.
         lora_alpha: the update is scaled by `lora_alpha / r`; `2 * r` by default.
         kwargs: any other field of `LoraConfig`; adapted parameters know neither `lora_dropout` nor `use_dora`.
 
