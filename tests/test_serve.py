@@ -247,6 +247,30 @@ def test_the_context_bounds_prompt_and_answer(client, checkpoint, engine):
         engine.encode(serve.CompletionRequest(model="it", prompt="w9 " * 20))
 
 
+def test_what_a_request_leaves_out_is_that_of_the_checkpoint(engine, monkeypatch):
+    engine.model.config.max_position_embeddings = 10
+    settings, generate, passed = engine.model.generation_config, engine.model.generate, {}
+    monkeypatch.setattr(
+        engine.model, "generate", lambda *ids, **options: passed.update(options) or generate(*ids, **options)
+    )
+
+    def used(**fields) -> tuple:
+        """The number of new tokens, and how they were drawn."""
+        passed.clear()
+        request = serve.CompletionRequest(model="it", prompt="w9 w8", **fields)
+        count, _ = engine.generate(engine.encode(request), request, TextStreamer(engine.tokenizer), serve.Halt())
+        return count, *(passed.get(name) for name in ("do_sample", "temperature", "top_p", "top_k"))
+
+    assert used(top_p=0.5) == (8, True, 1.0, 0.5, 0)
+    settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k = 4, 0.7, 0.9, 20
+    assert used() == (4, None, None, None, None)
+    assert used(top_p=0.5) == (4, True, 0.7, 0.5, 20)
+    assert used(temperature=1.5) == (4, True, 1.5, 0.9, 20)
+    assert used(max_tokens=6, temperature=0) == (6, False, None, None, None)
+    engine.model.config.max_position_embeddings = 5
+    assert used()[0] == 3
+
+
 def answer_without_end(client, checkpoint, **options):
     """100,000 tokens, which take longer than a test may."""
     return client.completions.create(model=str(checkpoint), prompt=QUESTIONS[4], max_tokens=1_000_000, **options)

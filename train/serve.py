@@ -51,7 +51,10 @@ class Strict(BaseModel):
 
 
 class Options(Strict):
-    """What a request may set, by OpenAI's names. Left out, the checkpoint's generation settings hold."""
+    """What a request may set, by OpenAI's names. Left out, the checkpoint's generation settings hold.
+
+    Where these name no `max_new_tokens`, an answer may fill the context.
+    """
 
     model: Text
     max_tokens: int | None = Field(None, ge=1)
@@ -137,15 +140,20 @@ class Engine:
 
     def generate(self, ids: list[int], request: Options, streamer, halt: Halt) -> tuple[int, str]:
         """In the thread: the number of new tokens, and why there are no more."""
-        wanted = [request.max_tokens, getattr(request, "max_completion_tokens", None)]
+        settings = self.model.generation_config
+        wanted = [*filter(None, (request.max_tokens, getattr(request, "max_completion_tokens", None)))]
         room = self.model.config.max_position_embeddings - len(ids)
-        options = {"max_new_tokens": min([room, *filter(None, wanted)]), "num_beams": 1, "num_return_sequences": 1}
+        length = min([room, *(wanted or filter(None, [settings.max_new_tokens]))])
+        options = {"max_new_tokens": length, "num_beams": 1, "num_return_sequences": 1}
         if request.temperature is not None or request.top_p is not None:
-            temperature = 1.0 if request.temperature is None else request.temperature
+            given = (request.temperature, settings.temperature, 1.0)
+            temperature = next(value for value in given if value is not None)
             # Below, the division by the temperature overflows; greedy decoding is its limit.
             options["do_sample"] = temperature > 1e-3
             if options["do_sample"]:
-                options |= {"temperature": temperature, "top_k": 0, "top_p": request.top_p or 1.0}
+                # Without a `top_k` of the checkpoint's there is none, as at OpenAI; transformers would take 50.
+                top_p, top_k = request.top_p or settings.top_p or 1.0, settings.top_k or 0
+                options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         if request.seed is not None:
             torch.manual_seed(request.seed)
         try:
@@ -154,7 +162,7 @@ class Engine:
             output = self.model.generate(prompt, **options)
         finally:
             streamer.end()
-        ends = self.model.generation_config.eos_token_id
+        ends = settings.eos_token_id
         is_ended = output[0, -1].item() in ([ends] if isinstance(ends, int) else ends or [])
         return output.shape[1] - len(ids), "stop" if is_ended else "length"
 
