@@ -489,6 +489,8 @@ def test_what_the_page_says_in_words_is_what_was_recorded():
         ("fine", 4e-3, {3.1786, 3.4552, 3.197}, "+0.018, one seed: [3.1970]"),
         ("fine", 3e-3, {2.7518, 2.9112, 2.7437}, "-0.159, one seed: 2.7518 and [2.9112]"),
         ("fine", 3e-3, {2.7518, 2.9112, 2.7437}, "-0.008, one seed: [2.7437]"),
+        ("capacity", 3e-3, {2.8485, 2.8241, 2.8267, 2.9084, 2.9852, 2.8794}, "-0.091, seeds from -0.053 to -0.161"),
+        ("capacity", 3e-3, {2.7394, 2.7348, 2.7547, 2.7229}, "| -0.090 | -0.126, one seed | [0.035]"),
     ],
 )
 def test_a_first_look_that_failed_is_recorded(scale, rate, losses, row):
