@@ -5,6 +5,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -425,6 +426,31 @@ def test_committed_verdicts_follow_from_the_committed_runs(path):
 
 def test_the_page_of_verdicts_is_what_the_results_render_to():
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == verdicts.render()
+
+
+@pytest.mark.parametrize("gain, passes", [(0.2, True), (0.04, False)])
+def test_the_page_lists_the_claims_of_a_scale_that_passed_by_themselves(gain, passes, tmp_path, monkeypatch):
+    shutil.copytree(RESULTS, tmp_path / "studies")
+    table = reproduce.load_table(ROOT / "configuration" / "studies" / "instrument.yaml")
+    losses = dict(zip(table.rows, (4.0, 4 + gain, 3.9, 3.8), strict=True))
+    rows = {
+        name: {
+            "config": {}, "parameters": 9, "flops_ratio": 1.0, "learning_rate": 1e-3, "mean_validation_loss": loss,
+            "standard_deviation": 0.01,
+            "runs": [{"validation_loss": loss + shift, "share_solved": None} for shift in (0.01, 0.0, -0.01)],
+        }
+        for name, loss in losses.items()
+    }  # fmt: skip
+    result = {"question": table.question, "command": "...", "scale": {"seeds": [0, 1, 2]}, "rows": rows}
+    result["claims"] = [reproduce.judge(claim, rows) for claim in table.claims]
+    (tmp_path / "studies" / "instrument_other.json").write_text(json.dumps(result))
+    monkeypatch.setattr(verdicts, "RESULTS", tmp_path / "studies")
+    page = verdicts.render()
+    assert ("**`other` passed the test of that**" in page) is passes
+    assert ("## Claims at a scale where experts count" in page) is passes
+    lines = [line for line in page.splitlines() if "Four times the experts at equal compute" in line]
+    assert len(lines) == 1 and f"| `other` | {-gain:+.3f} |" in lines[0] and "margin 0.05" in lines[0]
+    assert f"| {-gain:+.3f}, {'supported' if passes else 'contradicted'} |" in page
 
 
 def test_the_numbers_of_combinations_in_the_press_follow_from_no_power_of_the_binomials():
