@@ -103,11 +103,13 @@ def judge_scale(name: str, result: dict) -> dict:
     seeds = len(result["scale"]["seeds"])
     errors = [(claim["interval"][1] - claim["interval"][0]) / 2 / T_95[seeds] for claim in result["claims"]]
     is_decided = all(claim["verdict"] == "supported" for claim in result["claims"])
+    is_exact = max(errors) <= LARGEST_ERROR
     return {
         "scale": scale_of(name),
         "claims": [claim | {"words": words_of(claim, result["rows"])} for claim in result["claims"]],
         "standard_error": max(errors),
-        "counts": is_decided and max(errors) <= LARGEST_ERROR,
+        "counts": is_decided and is_exact,
+        "words": "failed" if not is_decided else "passed" if is_exact else f"not yet: {seeds} seeds are too few",
     }
 
 
