@@ -501,6 +501,13 @@ def test_what_the_page_says_in_words_is_what_was_recorded():
     assert "Switch's loss at the default 0.001, which is no claim here, it ends 0.02 higher at both scales" in page
     quality = json.loads((RESULTS / "low_bits.json").read_text())["quality"].values()
     assert all(abs(bits["change"]) < 0.001 for model in quality for bits in model["results"].values())
+    share_of_harder = {}
+    for name in ("code", "problems"):
+        quarters = verdicts.mean_of(rows_of(f"dial_{name}")["dial at 2"]["runs"], "experts_by_loss")
+        share_of_harder[name] = sum(quarters[2:]) / sum(quarters[:2])
+    assert share_of_harder["code"] == pytest.approx(1.1, abs=0.02)
+    assert 1 / share_of_harder["problems"] == pytest.approx(4 / 3, abs=0.04)
+    assert "the harder half computes a tenth more, on word problems the easier half computes a third more" in page
     mixtral = loss("equal_compute_small", "Mixtral MoE(8/64)")
     chain, block = (loss("equal_compute_small", f"paper's {name}") for name in ("CoE-2(4/64)", "MoE(8/64)"))
     assert (round(mixtral - chain, 2), round(mixtral - block, 2)) == (0.08, 0.07)

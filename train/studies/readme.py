@@ -105,10 +105,10 @@ def use() -> str:
         ),
         (
             "What does training a chain cost?",
-            f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed with the same experts' code, more the larger "
-            'the model, and the same peak. That code (`experts_implementation="coe"`, for Mixtral too) keeps less '
-            f"for the backward pass: beyond weights and optimizer a step needs {kept['CoE-1(8/64)']['ratio']:.2f}x "
-            f"with one iteration and {kept[chain]['ratio']:.2f}x with two.",
+            f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed with the same experts' code, the faster the "
+            'larger the model, and the same peak. That code (`experts_implementation="coe"`, for Mixtral too) keeps '
+            f"less for the backward pass: beyond weights and optimizer a step needs "
+            f"{kept['CoE-1(8/64)']['ratio']:.2f}x with one iteration and {kept[chain]['ratio']:.2f}x with two.",
         ),
         (
             "What does a shared pool cost?",
