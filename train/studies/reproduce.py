@@ -57,7 +57,10 @@ from modeling_coe.train.report import environment, peak_bytes, save_picture
 
 
 # Student's t, two-sided 95 %, by the number of seeds.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+T_95 = {
+    2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
+    10: 2.262, 11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131,
+}  # fmt: skip
 EQUAL_COMPUTE = 0.05
 # What can be claimed of runs, the lower the better: nats per token of the validation documents, and the share of
 # the scored validation problems whose answer is wrong.
