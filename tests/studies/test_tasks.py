@@ -67,12 +67,15 @@ def test_an_expression_has_the_value_of_its_answer_and_none_of_the_validation_is
 
 
 def test_a_key_s_value_is_in_its_context():
+    orders = set()
     for document in draw("recall")["train"]:
         words = document["prompt"].split()
         shown = dict(zip(words[:16:2], words[1:16:2], strict=True))
         again = dict(zip(words[16:-1:2], words[17:-1:2], strict=True))
         assert len(shown) == 8 and again.items() < shown.items() and words[-1] not in again
         assert shown[words[-1]] == final_answer(document["completion"])
+        orders.add(tuple([*shown].index(key) for key in [*again, words[-1]]))
+    assert len(orders) == 50  # another one in every context
 
 
 def test_a_person_has_one_record_and_the_validation_is_a_part_of_them():
@@ -95,13 +98,13 @@ def test_bits_are_none_for_who_knows_the_names_alone_and_all_for_who_knows_the_v
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_word_is_a_token_and_a_document_comes_back_from_its_tokens(task, tmp_path, monkeypatch):
-    splits = draw(task)
-    monkeypatch.setitem(tasks.TASKS, task, lambda draw: splits)
+    splits, seed = draw(task), random.Random(0).getstate()
+    monkeypatch.setitem(tasks.TASKS, task, lambda draw: splits if draw.getstate() == seed else None)
     for folder in (tmp_path, tmp_path / "again"):
         tasks.main(["--task", task, "--output", str(folder)])
     record = json.loads((tmp_path / "corpus.json").read_text())
     assert record == json.loads((tmp_path / "again" / "corpus.json").read_text())
-    assert record["hash"] == tasks.hash_of(splits) != tasks.hash_of({"train": splits["train"]})
+    assert record["hash"] == tasks.hash_of(splits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert record["vocab_size"] == len(tokenizer)
     documents = load_documents(DataArguments(dataset=str(tmp_path)))
@@ -112,6 +115,18 @@ def test_a_word_is_a_token_and_a_document_comes_back_from_its_tokens(task, tmp_p
     assert tokenizer.pad_token_id not in torch.tensor(rows[0]["input_ids"])
     wanted = {"".join(document.values()) for document in splits["train"]}
     assert tokenizer.decode(first[1:-1]) in wanted
+
+
+def test_a_hash_knows_where_a_document_and_a_split_end():
+    def hash_of(**splits):
+        return tasks.hash_of({name: [{"text": text} for text in texts] for name, texts in splits.items()})
+
+    others = [
+        {"train": ["ab", "c"], "validation": []},
+        {"train": ["abc"], "validation": []},
+        {"train": ["a"], "validation": ["bc"]},
+    ]
+    assert hash_of(train=["a", "bc"], validation=[]) not in [hash_of(**other) for other in others]
 
 
 def test_an_unknown_task_is_named(tmp_path):
