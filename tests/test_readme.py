@@ -12,7 +12,8 @@ import pytest
 from conftest import build
 from peft import get_peft_model
 
-from modeling_coe import lora_config
+from modeling_coe import CoEConfig, lora_config
+from modeling_coe.budget import ServingSetup, weight_bytes
 from modeling_coe.train.studies import readme
 
 
@@ -63,10 +64,28 @@ def test_every_table_is_what_the_committed_results_render_to():
     assert readme.render(README) == README, "run `python train/studies/readme.py`"
 
 
-def test_few_bits_change_the_loss_by_less_than_the_readme_says():
+def test_few_bits_change_the_loss_as_the_readme_says():
+    text = " ".join(README.split())
+    assert "On source code, 4 bits raised the loss by 0.012 nats and 8 bits by less than 0.001" in text
+    rows = readme.result("bits_narrow")["rows"]
+    for name in ("MoE(4/16)", "One pool for four layers (4/36)"):
+        in_4, in_8, exact = (
+            rows[row]["mean_validation_loss"] for row in (f"{name} in 4 bits", f"{name} in 8 bits", name)
+        )
+        assert in_4 - exact == pytest.approx(0.012, abs=5e-4) and abs(in_8 - exact) < 0.001
+    assert "On easy word problems neither raised it by 0.001" in text
     quality = [chain["results"].values() for chain in readme.result("low_bits")["quality"].values()]
-    assert "the loss of three small trained models changed by less than 0.001 nats" in " ".join(README.split())
     assert len(quality) == 3 and all(abs(row["change"]) < 0.001 for rows in quality for row in rows)
+
+
+def test_16_experts_in_4_bits_need_less_memory_than_9_in_bf16_and_end_lower():
+    rounded, halved = readme.result("bits_narrow"), readme.result("promise_narrow")
+    whole, half = rounded["rows"]["MoE(4/16) in 4 bits"], halved["rows"]["MoE(4/9), 56 %"]
+    sizes = [
+        sum(weight_bytes(CoEConfig(**result["config"] | row["config"]), ServingSetup(expert_bits=bits)).values())
+        for result, row, bits in ((rounded, whole, 4), (halved, half, None))
+    ]
+    assert sizes[0] < sizes[1] and whole["mean_validation_loss"] < half["mean_validation_loss"]
 
 
 def test_every_program_that_works_names_a_test_or_a_target_that_exists():
