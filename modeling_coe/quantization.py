@@ -370,18 +370,28 @@ class QuantizedExpertsConfig(QuantizationConfigMixin):
             which these have not.
 
     Raises:
-        ValueError: any other value.
+        ValueError: any other value, or a name that is none of these.
     """
 
-    def __init__(self, bits: int = 8, group_size: int = 32, rest_bits: int | None = None, **kwargs):
+    def __init__(
+        self,
+        bits: int = 8,
+        group_size: int = 32,
+        rest_bits: int | None = None,
+        quant_method: str = METHOD,  # stored configurations have it
+        **unknown,
+    ):
+        for name, value in unknown.items():
+            raise ValueError(f"`{name}={value!r}` is unknown; there are `bits`, `group_size` and `rest_bits`.")
         for name, value, known in (
+            ("quant_method", quant_method, (METHOD,)),
             ("bits", bits, (8, 4)),
             ("group_size", group_size, (32, 64)),
             ("rest_bits", rest_bits, (None, 8)),
         ):
             if value not in known:
                 raise ValueError(f"`{name}={value!r}` must be one of {known}.")
-        self.quant_method, self.bits, self.group_size, self.rest_bits = METHOD, bits, group_size, rest_bits
+        self.quant_method, self.bits, self.group_size, self.rest_bits = quant_method, bits, group_size, rest_bits
 
 
 class AlreadyQuantizedExperts(QuantizedExpertsConfig):

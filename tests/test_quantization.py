@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of few bits reach the experts, in files, in memory and in every product, and say how many they are."""
 
+import json
 import logging
 import re
 import subprocess
@@ -289,6 +290,22 @@ def test_what_cannot_be_quantised_is_refused_by_name(model, folder, tmp_path):
         QuantizedWeight.quantize(weight, 8, 32)
     with pytest.raises(NotImplementedError, match=r"know no `aten.mul.Tensor`; `model.dequantize\(\)`"):
         weight * 2
+
+
+def test_an_unknown_key_is_refused_and_a_stored_configuration_read(folder, tmp_path):
+    for name, value in (("load_in_4bit", True), ("bit", 4), ("groupsize", 64)):
+        with pytest.raises(ValueError, match=f"`{name}={value}` is unknown; .*`bits`, `group_size`"):
+            QuantizedExpertsConfig(**{name: value})
+    with pytest.raises(ValueError, match="`quant_method='gptq'` must be one of"):
+        QuantizedExpertsConfig(quant_method="gptq")
+    config = QuantizedExpertsConfig(4, 64, 8)
+    assert QuantizedExpertsConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    load(folder / "CoE", 4).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["quantization_config"]["bit"] = stored["quantization_config"].pop("bits")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="`bit=4` is unknown"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["no scale", "no integers", "neither", "floats", "half of it"])
