@@ -189,7 +189,7 @@ def downcycle(
         `MixtralForCausalLM`, or the `Path` of `output` where one was given.
 
     Raises:
-        ValueError: the CoE has what Mixtral has not, by name.
+        ValueError: the CoE has what Mixtral has not, by name, or its weights are in few bits.
         FileExistsError: `output` exists and may not be replaced, or another process is writing it.
         OSError: `output` could not be written, for instance on a full disk.
     """
@@ -376,6 +376,12 @@ def changes_of_function(
 def _mixtral_config(source: CoEConfig) -> MixtralConfig:
     if source.model_type != "coe":
         raise ValueError(f"downcycle: `model_type={source.model_type!r}` is not a CoE.")
+    declared = source.to_dict()
+    if stored := declared.get("quantization_config"):
+        raise ValueError(
+            f"downcycle: the weights are in few bits, `quantization_config={stored}`; take the full-precision "
+            "checkpoint, or load this one, `dequantize()` it, and save it or pass it."
+        )
     required = {"num_iterations": (1,), "num_shared_experts": (0,), "qk_norm": (None,), "attention_bias": (False,),
                 "norm_topk_prob": (True,), "residual": ("nested", "outer"), "router_bias": (False,)}  # fmt: skip
     for name, accepted in required.items():
@@ -386,7 +392,7 @@ def _mixtral_config(source: CoEConfig) -> MixtralConfig:
     names = (*SHARED_FIELDS, "intermediate_size", "num_hidden_layers", "head_dim", "sliding_window",
              "num_local_experts", "num_experts_per_tok", "attention_dropout", "output_router_logits",
              "router_aux_loss_coef", "router_jitter_noise")  # fmt: skip
-    fields = {name: value for name, value in source.to_dict().items() if name in names}
+    fields = {name: value for name, value in declared.items() if name in names}
     return MixtralConfig(**fields, architectures=["MixtralForCausalLM"], dtype=source.dtype)
 
 

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_coe import CoEForCausalLM, downcycle, upcycle, upcycling
+from modeling_coe import CoEForCausalLM, QuantizedExpertsConfig, downcycle, upcycle, upcycling
 
 
 ROOT = Path(__file__).parent.parent
@@ -696,6 +696,17 @@ def test_what_mixtral_cannot_express_is_refused_by_name(overrides, tmp_path):
     with pytest.raises(ValueError, match=next(iter(overrides))):
         downcycle(source, tmp_path / "mixtral")
     assert leftovers(tmp_path) == []
+
+
+def test_few_bits_are_not_downcycled_and_dequantised_they_are(tmp_path):
+    build(num_iterations=1).save_pretrained(tmp_path / "full")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=QuantizedExpertsConfig(8))
+    model.save_pretrained(tmp_path / "few")
+    for source in (tmp_path / "few", model):
+        with pytest.raises(ValueError, match=r"`quantization_config={.*full-precision.*`dequantize\(\)`"):
+            downcycle(source, tmp_path / "mixtral")
+    assert leftovers(tmp_path) == ["few", "full"]
+    assert difference(downcycle(model.dequantize()), model)[0] <= 1e-5
 
 
 @pytest.mark.parametrize("layout", ["separate", "fused"])
