@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, 
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 
 logger = logging.get_logger(__name__)
@@ -71,6 +71,20 @@ def require_model(option: str, name: str | os.PathLike, file: str = "config.json
         raise ValueError(
             f"`{option}={name}`: no such folder, and the Hub gives no model of that name ({reason}).{suggestion}"
         ) from error
+
+
+def refuse_adapter(option: str, name: str | os.PathLike):
+    """Fails where a folder or a repository of the Hub holds an adapter, which its weights alone do not tell of.
+
+    Raises:
+        ValueError: naming the option, its value and how to merge.
+    """
+    if find_adapter_config_file(os.fspath(name)):
+        raise ValueError(
+            f"`{option}={name}` holds an adapter; merge it first: move its files (adapter_config.json, "
+            "adapter_model.safetensors) into a folder of their own, and `AutoPeftModelForCausalLM.from_pretrained("
+            "that_folder).merge_and_unload().save_pretrained(another)`."
+        )
 
 
 def _require_readable(option: str, path: Path, file: str, adapters: tuple[Path, ...]):

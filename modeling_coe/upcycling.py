@@ -41,7 +41,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_coe import CoEConfig
-from .folders import check_replaceable, facts_of, require_model, whole_or_nothing
+from .folders import check_replaceable, facts_of, refuse_adapter, require_model, whole_or_nothing
 from .modeling_coe import CoEForCausalLM
 
 
@@ -415,6 +415,7 @@ class _Source:
         self.folder = Path(source)
         if self.folder.is_file():
             raise ValueError(f"`source={self.name}` is a file; name the folder that it is in.")
+        refuse_adapter("source", source)
         if not self.folder.is_dir():
             patterns = ["config.json", "*.safetensors", SAFE_WEIGHTS_INDEX_NAME, *COMPANION_FILES]
             ignored = ["original/*", "consolidated*"]

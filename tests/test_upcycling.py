@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -442,6 +442,27 @@ def test_adapters_are_refused(tmp_path):
     adapted = get_peft_model(source_model("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge adapters"):
         upcycle(adapted, tmp_path / "chain")
+
+
+@pytest.mark.parametrize("convert", [upcycle, downcycle])
+def test_an_adapter_in_the_folder_of_its_base_is_refused_and_can_be_merged_as_the_error_says(convert, tmp_path):
+    source, apart = tmp_path / "source", tmp_path / "apart"
+    model = source_model("llama") if convert is upcycle else build(num_iterations=1)
+    model.save_pretrained(source)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(source), config)
+    adapted.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"`source=.*source` holds an adapter; merge it first.*merge_and_unload"):
+        convert(source, tmp_path / "result")
+    assert leftovers(tmp_path) == ["source"]
+
+    apart.mkdir()
+    for path in source.glob("adapter*"):
+        path.rename(apart / path.name)
+    AutoPeftModelForCausalLM.from_pretrained(apart).merge_and_unload().save_pretrained(tmp_path / "merged")
+    convert(tmp_path / "merged", tmp_path / "result")
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "result")
+    assert difference(adapted.eval(), result)[0] <= 1e-5 < difference(model, result)[0]
 
 
 def test_existing_output_is_kept_unless_overwrite_is_asked_for(tmp_path, monkeypatch):
