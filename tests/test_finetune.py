@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from modeling_coe import CoEConfig, CoEForCausalLM, modeling_coe
+from modeling_coe import CoEConfig, CoEForCausalLM, lora_config, modeling_coe
 from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
 from modeling_coe.routing import record_routing
@@ -343,6 +344,15 @@ def test_an_unknown_choice_is_refused(checkpoint, tmp_path, options, message, ca
 def test_a_preset_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="preset without weights"):
         finetune.main(command(ROOT / "configuration/models/coe_tiny.json", tmp_path))
+
+
+def test_an_adapter_beside_the_checkpoint_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    model = CoEForCausalLM.from_pretrained(folder)
+    get_peft_model(model, lora_config(model)).save_pretrained(folder)
+    for lora in ("false", "true"):
+        with pytest.raises(ValueError, match=f"`model={folder}` holds an adapter; merge it first"):
+            finetune.main(command(folder, tmp_path / "run", lora=lora))
 
 
 def test_validation_loss_counts_every_completion_token_once(checkpoint):

@@ -25,7 +25,7 @@ from trl import SFTTrainer
 
 from modeling_coe import QuantizedExpertsConfig, quantized_share
 from modeling_coe.adapters import count_adapted, lora_config
-from modeling_coe.folders import facts_of
+from modeling_coe.folders import facts_of, refuse_adapter
 from modeling_coe.train.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -81,10 +81,12 @@ def load_model(
     """The checkpoint, its experts in 4 bits if asked for, sharded by a layout.
 
     Raises:
-        ValueError: a preset in place of a checkpoint, sequences longer than the context, or LoRA with a layout.
+        ValueError: a preset or an adapter in place of a checkpoint, sequences longer than the context, or LoRA with a
+            layout.
     """
     require_weights(arguments.model)
     config = read_config(arguments.model)
+    refuse_adapter("model", arguments.model)
     require_context(sequence_length, arguments.model, config)
     if lora.lora and layout is not None:
         raise ValueError(
