@@ -7,6 +7,7 @@ The conversion needs llama.cpp's source (`LLAMA_CPP=path/to/llama.cpp`), running
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,26 @@ def test_wrong_options_are_refused_by_name(option, message, tmp_path):
     name, value = option.split("=")
     with pytest.raises(ValueError, match=message):
         to_gguf.GgufArguments(**{**options, name: value if name == "type" else Path(value)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({}, None),
+        ({"hidden_act": "swish"}, None),
+        ({"sliding_window": 128}, None),
+        ({"hidden_act": "gelu"}, "`hidden_act='gelu'`.* SiLU"),
+        ({"sliding_window": 127}, "`sliding_window=127`.*`max_position_embeddings=128`.*null"),
+    ],
+)
+def test_what_llama_cpps_mixtral_lacks_is_refused_by_name(overrides, message, tmp_path, monkeypatch):
+    model, output = tmp_path / "chain", tmp_path / "chain.gguf"
+    build(num_iterations=1, **overrides).save_pretrained(model)
+    (tmp_path / "conversion").mkdir()
+    monkeypatch.setattr(to_gguf, "convert", lambda mixtral, llama_cpp, output, file_type: output.write_text("GGUF"))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        to_gguf.main(["--model", str(model), "--llama_cpp", str(tmp_path), "--output", str(output)])
+    assert output.exists() == (message is None)
 
 
 def test_llama_cpp_gives_the_same_tokens_log_probabilities_and_text(checkpoint, source, tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import MixtralConfig
 
 from modeling_coe import downcycle
 from modeling_coe.train.arguments import command_line, parse
@@ -57,6 +58,26 @@ def splits_digits_and_words(tokenizer_file: Path) -> bool:
     return tokenizer["normalizer"] is None and tokenizer["pre_tokenizer"] == split
 
 
+def refuse_what_llama_cpp_lacks(config: MixtralConfig):
+    """llama.cpp computes every Mixtral with SiLU and attends to the whole context, whatever the file says.
+
+    Raises:
+        ValueError: naming the activation, or the window.
+    """
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(
+            f"llama.cpp has no Mixtral with `hidden_act={config.hidden_act!r}`, it would compute SiLU; convert a "
+            "chain that was trained with it."
+        )
+    window, context = config.sliding_window, config.max_position_embeddings
+    if window is not None and window < context:
+        raise ValueError(
+            f"llama.cpp has no Mixtral with `sliding_window={window}`, it would attend to the whole context "
+            f"(`max_position_embeddings={context}`); if yours stay within the window, set `sliding_window` to null in "
+            "config.json."
+        )
+
+
 def convert(mixtral: Path, llama_cpp: Path, output: Path, file_type: str):
     """llama.cpp's converter, on a Mixtral in a folder."""
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
@@ -82,6 +103,7 @@ def main(arguments: list[str] | None = None):
     partial = options.output.with_name(f".{options.output.name}.partial")
     with TemporaryDirectory() as folder:
         mixtral = downcycle(options.model, Path(folder) / "mixtral")
+        refuse_what_llama_cpp_lacks(MixtralConfig.from_pretrained(mixtral))
         convert(mixtral, options.llama_cpp.resolve(), partial.resolve(), options.type)
     partial.replace(options.output)
     print(f"GGUF written to {options.output}")
