@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_coe import CoEConfig, CoEForCausalLM, lora_config, modeling_coe
+from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, lora_config, modeling_coe
 from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
 from modeling_coe.routing import record_routing
-from modeling_coe.train import arguments, eval_lm, finetune, plan, publish
+from modeling_coe.train import arguments, eval_lm, finetune, plan, publish, upcycle
 from modeling_coe.train.arguments import (
     CheckpointArguments,
     DataArguments,
@@ -219,6 +219,37 @@ def test_qlora_trains_on_experts_in_4_bits_and_says_their_share(checkpoint, tmp_
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert facts["after"]["answer_loss"] < facts["before"]["answer_loss"]
     assert facts["trained_parameters"]["experts"] > 0
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_adapter_of_an_upcycled_chain_is_published_merged(bits, checkpoint, tmp_path):
+    """From coe-upcycle to coe-publish; an adapter trained on rounded experts is merged into these."""
+    source, chain, adapter = (str(tmp_path / name) for name in ("source", "chain", "adapter"))
+    sizes = CONFIG | {"intermediate_size": 32, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes)).save_pretrained(source)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(source)
+    upcycle.main(["--source", source, "--output", chain])
+    recipe = {"config": ROOT / "configuration/finetune/lora.yaml", "learning_rate": 0.01, "load_in_4bit": bits == 4}
+    finetune.main(command(chain, adapter, **recipe, scored_problems=2, max_new_tokens=4))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    publish.main([adapter, "--repo", "user/tuned"])
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+    options = {"quantization_config": QuantizedExpertsConfig(bits)} if bits else {}
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapter, **options)
+    published = AutoModelForCausalLM.from_pretrained(Path(adapter, "hub"))
+    ids = torch.arange(5, 60)[None]
+    torch.testing.assert_close(published(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in Path(adapter, "hub").glob("*"))
+    publish.main([adapter, "--repo", "user/tuned", "--control", adapter])
+
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"merged/facts\.json: no such file; .* adapter's"):
+        publish.main([str(tmp_path / "merged"), "--repo", "user/tuned"])
+    shutil.rmtree(chain)
+    upcycle.main(["--source", source, "--output", chain, "--seed", "1", "--router_noise", "0.1"])
+    with pytest.raises(ValueError, match=r"chain` is no longer what the adapter .* was trained on"):
+        publish.main([adapter, "--repo", "user/tuned", "--watts", "50"])
 
 
 def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(checkpoint, tmp_path, monkeypatch):

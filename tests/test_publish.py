@@ -529,10 +529,10 @@ def test_the_energy_is_that_of_the_machines_that_trained(device, watts, tmp_path
     assert json.loads((run / "hub" / "facts.json").read_text())["energy"]["watts"] == watts
 
 
-def test_adapter_is_refused(tmp_path):
+def test_an_adapter_beside_its_base_is_refused(tmp_path):
     run = write_run(tmp_path)
     (run / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="merge it"):
+    with pytest.raises(ValueError, match=r"`run=.* holds an adapter; merge it first"):
         publish.main([str(run), "--repo", REPO])
 
 

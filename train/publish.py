@@ -8,8 +8,9 @@
 Look the prepared folder over and edit the card where you like: the same command with --push uploads it as it then is.
 
 The folder holds sharded safetensors, the config with its auto_map, the Python files, tokenizer, generation config,
-facts.json, the plots and README.md, which is the model card. The token comes from `hf auth login` or
-HF_TOKEN, never from the command line, and is written nowhere.
+facts.json, the plots and README.md, which is the model card. A LoRA adapter is published merged into its base
+model; neither file is touched. The token comes from `hf auth login` or HF_TOKEN, never from the command line, and is
+written nowhere.
 """
 
 import argparse
@@ -23,16 +24,17 @@ import torch
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import modeling_coe  # noqa: F401, registers CoE with the Auto classes
-from modeling_coe.folders import changes_since_written, require_model, whole_or_nothing, written_about
+from modeling_coe import QuantizedExpertsConfig
+from modeling_coe.folders import changes_since_written, refuse_adapter, require_model, whole_or_nothing, written_about
 from modeling_coe.routing import Routing, plot_routing, record_routing
 from modeling_coe.train.arguments import command_line, is_preset
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
 from modeling_coe.train.hub import check_login, push, refuse_secrets
 from modeling_coe.train.report import save_picture
-from modeling_coe.train.runs import read_json
+from modeling_coe.train.runs import read_json, weights_of
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # beside train/, in a wheel as well
@@ -86,17 +88,20 @@ def check_options(options: argparse.Namespace):
 
 
 def check_run(folder: Path):
-    """Raises ValueError unless `folder` is there, holds a model of its own and has files in it, not links to some."""
+    """Raises ValueError unless `folder` is there, holds a model or an adapter, and has files in it, no links."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name the folder of a finished run.")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds a LoRA adapter; merge it into its model and publish that.")
+    if (folder / "config.json").is_file():
+        refuse_adapter("run", folder)
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or no file; only files are published. Put a copy in its place.")
     for name in ("facts.json", "run.json", "samples.json", *CURVE_FILES):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; a finished run has one.")
+            raise ValueError(
+                f"{folder / name}: no such file; name the folder of a finished run. An adapter's, too: it is merged "
+                "for the Hub."
+            )
     require_model("run", folder)
 
 
@@ -191,6 +196,29 @@ def base_facts(options: argparse.Namespace, run: dict, model) -> dict:
     return {"hub_id": options.base_model, "training": trained, "upcycling": upcycling}
 
 
+def base_of(run: Path) -> str:
+    """The model whose adapter a run's folder holds, or the folder itself."""
+    has_adapter = (run / "adapter_config.json").is_file()
+    return PeftConfig.from_pretrained(run).base_model_name_or_path if has_adapter else str(run)
+
+
+def load_run(run: Path, record: dict):
+    """The model of a run; an adapter is merged into the base that it was trained on, rounded to few bits as there.
+
+    Raises:
+        ValueError: the base model has other weights now.
+    """
+    if (base := base_of(run)) == str(run):
+        return AutoModelForCausalLM.from_pretrained(run).eval()
+    if weights_of(base) != record["weights"]:
+        raise ValueError(f"`{base}` is no longer what the adapter in {run} was trained on; put its weights back.")
+    options = {"quantization_config": QuantizedExpertsConfig(bits=4)} if record["lora"]["load_in_4bit"] else {}
+    model = AutoPeftModelForCausalLM.from_pretrained(run, **options)
+    if getattr(model.config, "quantization_config", None):
+        model.dequantize()  # the sum would be rounded
+    return model.merge_and_unload().eval()
+
+
 def control_facts(run: dict, folder: Path, loss: str) -> dict:
     """The source of a chain, trained on with the run's steps and data, and the same `loss` of it as of the run.
 
@@ -201,7 +229,7 @@ def control_facts(run: dict, folder: Path, loss: str) -> dict:
     for name in ("dataset", "steps", "seed"):
         if control[name] != run[name]:
             raise ValueError(f"The control has `{name}={control[name]}`, the run `{run[name]}`; they must be equal.")
-    active = model_facts(AutoConfig.from_pretrained(folder))["active_parameters"]
+    active = model_facts(AutoConfig.from_pretrained(base_of(folder)))["active_parameters"]
     return {"validation_loss": control[loss], "active_parameters": active}
 
 
@@ -237,7 +265,7 @@ def write_repository(options: argparse.Namespace, folder: Path):
     samples = read_json(options.run / "samples.json")
     if not isinstance(samples, list):
         raise ValueError(f"{options.run / 'samples.json'} is damaged: it must hold a list.")
-    model = AutoModelForCausalLM.from_pretrained(options.run).eval()
+    model = load_run(options.run, record)
     tokenizer = AutoTokenizer.from_pretrained(options.run)
     facts = gather_facts(options, run, record, model, tokenizer, samples)
     card = render_card(facts, TEMPLATE)
