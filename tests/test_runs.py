@@ -147,6 +147,7 @@ def test_a_run_of_the_same_sizes_from_other_weights_is_another_run(model, tmp_pa
         ({"optim_args": "bf16_stochastic_round=True"}, "training.optim_args"),
         ({"label_smoothing_factor": 0.1}, "training.label_smoothing_factor"),
         ({"seed": 43}, "training.seed"),
+        ({"train_sampling_strategy": "sequential"}, "training.train_sampling_strategy"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -157,6 +158,14 @@ def test_a_changed_recipe_is_another_run(model, tmp_path, change, field):
     match_record(tmp_path, record(model, documents, **schedule))
     with pytest.raises(ValueError, match=f"holds a run with `{field}="):
         match_record(tmp_path, record(model, documents, **schedule | change))
+
+
+def test_what_is_recorded_since_later_is_only_where_it_is_set(model):
+    documents = Dataset.from_dict({"text": ["w5"]})
+    names = {"auto_find_batch_size", "train_sampling_strategy"}
+    assert names.isdisjoint(record(model, documents)["training"])
+    options = {"auto_find_batch_size": True, "train_sampling_strategy": "group_by_length"}
+    assert options.items() <= record(model, documents, **options)["training"].items()
 
 
 def test_a_finished_model_without_checkpoints_is_not_overwritten_by_another_run(model, tmp_path):

@@ -203,6 +203,8 @@ RECORDED = (
     "lr_scheduler_type max_grad_norm max_length neftune_noise_alpha optim optim_args packing packing_strategy "
     "per_device_train_batch_size pool_learning_rate_factor router_bias_rate seed warmup_steps weight_decay"
 ).split()
+# Those that earlier records do not have: recorded where they are not what they were for these.
+RECORDED_IF_SET = {"auto_find_batch_size": False, "train_sampling_strategy": "random"}
 
 
 def record_of(
@@ -216,15 +218,14 @@ def record_of(
     """What the trajectory of a run depends on, except how long it lasts."""
     volatile = ("transformers_version", "_name_or_path")
     arguments = training.to_dict() | {"world_size": training.world_size}
-    # Only where it is set: earlier records have no such field.
-    names = [*RECORDED, "world_size", *(["auto_find_batch_size"] if training.auto_find_batch_size else [])]
+    is_set = [name for name, default in RECORDED_IF_SET.items() if arguments.get(name, default) != default]
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     return {
         "data": {"columns": documents.column_names, **_digests(documents)},
         "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
         "model": {name: value for name, value in config.to_dict().items() if name not in volatile},
         "weights": weights_of(model),
-        "training": {name: arguments[name] for name in names if name in arguments},
+        "training": {name: arguments[name] for name in [*RECORDED, "world_size", *is_set] if name in arguments},
         **settings,
     }
 
