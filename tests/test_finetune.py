@@ -159,6 +159,15 @@ def test_no_card_of_a_library_is_left_in_the_output(checkpoint, tmp_path, recipe
     assert list(tmp_path.rglob("README.md")) == []
 
 
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_a_card_that_a_user_wrote_stays_as_it_is(checkpoint, tmp_path, recipe):
+    run = command(checkpoint, tmp_path, config=ROOT / f"configuration/finetune/{recipe}.yaml", max_steps=2)
+    finetune.main(run)
+    (tmp_path / "README.md").write_text("mine")
+    finetune.main(run)
+    assert [path.read_text() for path in tmp_path.rglob("README.md")] == ["mine"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

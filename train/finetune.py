@@ -65,11 +65,6 @@ class Finetuner(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, 
     def create_model_card(self, *args, **kwargs):
         """None: TRL's says that the model is a fine-tuned version of None. coe-publish writes one."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        super()._save(output_dir, state_dict)
-        # PEFT's is a form that nobody filled in.
-        Path(output_dir or self.args.output_dir, "README.md").unlink(missing_ok=True)
-
 
 def load_model(
     arguments: ModelArguments,
@@ -154,6 +149,9 @@ def finetune(
         callbacks=[Curve(), *biases],
         peft_config=lora_config(model, lora_alpha=lora.lora_alpha, **options) if lora.lora else None,
     )
+    if lora.lora:
+        # PEFT's model card is a form that nobody filled in, and it would change one that a user wrote.
+        trainer.model.create_or_update_model_card = lambda folder: None
     is_text = "text" in documents["validation"].column_names
     show_progress(trainer, "validation loss" if is_text else "validation loss of the answers")
     trained = count_adapted(trainer.model) if lora.lora else {"all": model.num_parameters()}
