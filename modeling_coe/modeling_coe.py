@@ -752,12 +752,13 @@ class CoEPreTrainedModel(PreTrainedModel):
             )
 
     def _is_calibrated(self) -> bool:
-        table = next((gate.null_bias_of_budget for gate in self._routers()), None)
-        if table is not None and table.is_meta:
+        # PEFT keeps the router that it trains a copy of: that one stays as it was.
+        tables = [gate.null_bias_of_budget for gate in self._routers() if gate.null_bias_of_budget is not None]
+        if any(table.is_meta for table in tables):
             raise ValueError(
                 "The routers' table of budgets is offloaded: load the model without `offload_buffers=True`."
             )
-        return table is not None and bool(table.any())
+        return any(bool(table.any()) for table in tables)
 
     def _warn_of_unbalanced_routers(self, where: str):
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()

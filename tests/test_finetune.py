@@ -304,14 +304,17 @@ def test_the_routers_biases_move_in_full_fine_tuning_alone(checkpoint, tmp_path,
     assert bool(moved) == moves
 
 
-@pytest.mark.parametrize("router", [None, "full", "none"])
-def test_a_tuned_model_computes_the_experts_it_is_asked_for(router, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("router", "is_calibrated"), [(None, True), ("full", True), ("full", False), ("none", True)]
+)
+def test_a_tuned_model_computes_the_experts_it_is_asked_for(router, is_calibrated, checkpoint, tmp_path, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
     dial = {"router_bias": True, "num_null_experts": 3, "expert_budget": 1.5}
     torch.manual_seed(0)
     model = CoEForCausalLM(CoEConfig(**AutoConfig.from_pretrained(base).to_dict() | dial))
-    calibrate_expert_budget(model, [{"input_ids": torch.randint(3, 320, (8, 64))}])
+    if is_calibrated:
+        calibrate_expert_budget(model, [{"input_ids": torch.randint(3, 320, (8, 64))}])
     model.save_pretrained(base)
     warnings = []
     monkeypatch.setattr(modeling_coe.logger, "warning", lambda message, *_: warnings.append(message))
