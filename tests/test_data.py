@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generated problems, the documents of every source, packing, and the scoring of answers."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import processors
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.train.arguments import DataArguments
@@ -320,9 +322,9 @@ def test_a_mistyped_dataset_is_named_at_once(tmp_path, monkeypatch, name, messag
         load_documents(DataArguments(dataset=name))
 
 
-def load_rows(tmp_path, rows, **options):
+def load_rows(tmp_path, rows, tokenizer=None, **options):
     path = write(tmp_path / "rows.jsonl", [*rows, *rows])
-    return load_documents(DataArguments(dataset=path, validation_size=1, **options))["train"][0]
+    return load_documents(DataArguments(dataset=path, validation_size=1, **options), tokenizer=tokenizer)["train"][0]
 
 
 ALL_KINDS = {"question": "q", "answer": "a", "text": "t", "body": "b", "prompt": "p", "completion": "c"}
@@ -370,15 +372,71 @@ def test_trl_s_standard_columns_are_taken(tmp_path):
     }
 
 
+OWN_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def with_template(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+@pytest.mark.parametrize("template", ["trained", None, OWN_TEMPLATE], ids=["trained", "none", "own"])
 @pytest.mark.parametrize("roles", ["ua", "sua", "uaua", "suauaua", "uua", "usua"])
-def test_a_conversation_is_asked_in_the_layout_it_was_trained_in(roles, tokenizer, tmp_path):
+def test_a_conversation_is_asked_in_the_layout_it_was_trained_in(roles, template, tokenizer, tmp_path):
     names = {"s": "system", "u": "user", "a": "assistant"}
     messages = [{"role": names[role], "content": f"turn {turn},\nof <{role}> "} for turn, role in enumerate(roles)]
-    document = load_rows(tmp_path, [{"messages": messages}])
+    if template != "trained":
+        tokenizer = with_template(tokenizer, template)
+    document = load_rows(tmp_path, [{"messages": messages}], tokenizer)
     (packed,) = pack(Dataset.from_list([document]), tokenizer, 512)["input_ids"]
     asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert asked == "<bos>" + document["prompt"]
-    assert tokenizer.apply_chat_template(messages).input_ids == packed
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(packed) == whole.removesuffix("\n")
+    assert (document == load_rows(tmp_path, [{"messages": messages}])) == (template != OWN_TEMPLATE)
+
+
+def test_a_tokenizer_that_begins_with_nothing_is_given_a_template_that_does_too(tokenizer, tmp_path):
+    bare = with_template(tokenizer, None)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    document = load_rows(tmp_path, [{"prompt": [user], "completion": [reply]}], bare)
+    assert bare.apply_chat_template([user], tokenize=False) == document["prompt"] == "Question: 2+2?\nAnswer:"
+
+
+def test_only_conversations_go_by_the_template(tokenizer, tmp_path):
+    own, none = with_template(tokenizer, OWN_TEMPLATE), with_template(tokenizer, None)
+    for row in (ROWS[0], {"prompt": "p", "completion": "c"}, {"text": "t"}):
+        assert load_rows(tmp_path, [row], own) == load_rows(tmp_path, [row], none) == load_rows(tmp_path, [row])
+    assert none.chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (OWN_TEMPLATE.replace("[assistant] ", "[assistant] <think>"), "is not the beginning of the whole"),
+        (OWN_TEMPLATE.removeprefix("{{ bos_token }}"), "begins with .*, and the tokenizer puts '<bos>' in front"),
+        ("{{ raise_exception('no system here') }}", r"\(no system here\): .* give `prompt` and `completion` as texts"),
+    ],
+    ids=["prompt", "beginning", "refusal"],
+)
+def test_a_template_that_does_not_fit_is_refused(template, message, tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(ValueError, match=f"Document 0 of the train split does not fit .*{message}"):
+        load_rows(tmp_path, [{"messages": messages}], with_template(tokenizer, template))
+
+
+def test_the_token_with_which_a_template_ends_an_answer_is_no_part_of_what_is_expected(tokenizer, model, monkeypatch):
+    ends = copy.deepcopy(tokenizer)
+    ends.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    problems = Dataset.from_list([{"prompt": "2+2?", "completion": "#### 4<end>\n"}])
+    ids = torch.tensor([ends("#### 4<end>\n", add_special_tokens=False).input_ids])
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, ids], dim=1))
+    assert solve(model, ends, problems)[0]["solved"]
 
 
 def test_one_question_and_its_answer_look_in_a_chat_as_they_always_did(tokenizer):
@@ -393,6 +451,7 @@ def test_one_question_and_its_answer_look_in_a_chat_as_they_always_did(tokenizer
         ([{"role": "user", "content": "2+2?"}], "ends with .*not with an answer"),
         ([{"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}], "one of .*as `role`"),
         ([{"role": "user", "content": ""}, {"role": "assistant", "content": "4"}], "must have a text as `content`"),
+        ([{"role": "assistant", "content": "4"}], "is an answer alone; put before it what it answers"),
         ([], "must have a text"),
         ("hi", "has the message 'hi'; each must have a text as `content`"),
         (["hi"], "has the message 'hi'; each must have a text as `content`"),

@@ -304,9 +304,7 @@ def test_the_routers_biases_move_in_full_fine_tuning_alone(checkpoint, tmp_path,
     assert bool(moved) == moves
 
 
-@pytest.mark.parametrize(
-    ("router", "is_calibrated"), [(None, True), ("full", True), ("full", False), ("none", True)]
-)
+@pytest.mark.parametrize(("router", "is_calibrated"), [(None, True), ("full", True), ("full", False), ("none", True)])
 def test_a_tuned_model_computes_the_experts_it_is_asked_for(router, is_calibrated, checkpoint, tmp_path, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
@@ -356,6 +354,38 @@ def test_bad_data_is_refused_before_training(checkpoint, tmp_path, rows, options
     with pytest.raises(ValueError, match=message):
         finetune.main(command(checkpoint, tmp_path / "output", dataset=tmp_path / "data", **options))
     assert not (tmp_path / "output").exists()
+
+
+OWN_TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, OWN_TEMPLATE], ids=["none", "own"])
+def test_a_saved_model_is_asked_and_evaluated_in_the_layout_its_conversations_were_trained_in(
+    checkpoint, tmp_path, template
+):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(checkpoint, base)
+    (base / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(base)
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "#### 4"}]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data", 4 * [{"messages": messages}], split)
+    data = {"dataset": tmp_path / "data", "scored_problems": 1, "max_new_tokens": 2}
+    finetune.main(command(base, run, max_steps=2, **data))
+    evaluation = {"model": run, "output_dir": tmp_path / "evaluation", **data}
+    eval_lm.main([part for name, value in evaluation.items() for part in (f"--{name}", str(value))])
+    saved = AutoTokenizer.from_pretrained(run)
+    asked = saved.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    for folder in (run, tmp_path / "evaluation"):
+        (sample,) = json.loads((folder / "samples.json").read_text())
+        assert "<bos>" + sample["prompt"] == asked
+    tuned, scored = (json.loads((path / "facts.json").read_text()) for path in (run, tmp_path / "evaluation"))
+    assert scored["validation_loss"] == pytest.approx(tuned["validation_loss"], rel=1e-5)
 
 
 def test_an_empty_split_is_refused(checkpoint, tmp_path):

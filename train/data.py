@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
@@ -29,9 +30,9 @@ from modeling_coe.train.word_problems import word_problems
 
 
 PROMPT = "Question: {}\nAnswer:"
-# The layout of `_conversation` for chat clients and servers, with the tokens around a document.
+# The layout of questions and answers for chat clients and servers; what a tokenizer begins with comes in front.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% set content = message['content'] %}"
+    "{% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'system' %}{{ content }}\n\n"
     "{% elif message['role'] == 'user' %}Question: {{ content }}\nAnswer:"
     "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
@@ -39,14 +40,19 @@ CHAT_TEMPLATE = (
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
+def load_documents(
+    arguments: DataArguments, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> DatasetDict:
     """The splits `train` and `validation`, with the columns `prompt` and `completion` or the one column `text`.
 
     A question becomes the prompt `Question: ...\\nAnswer:`, its answer the completion. Without a split called
     validation the test split takes its place; without either, the last `validation_size` of the shuffled documents do.
 
+    Conversations are laid out by the tokenizer's chat template. A tokenizer without one is given that of questions and
+    answers, so that whoever asks the saved model does it in the layout of its training.
+
     Raises:
-        ValueError: an empty or missing split, or missing columns.
+        ValueError: an empty or missing split, missing columns, or a chat template that does not fit a conversation.
     """
     if arguments.dataset == "word_problems":
         counts = {"train": arguments.train_problems, "validation": arguments.validation_problems}
@@ -63,7 +69,7 @@ def load_documents(arguments: DataArguments, seed: int = 0) -> DatasetDict:
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
         if len(splits[split]) == 0:
             raise ValueError(f"The {split} split of `dataset={arguments.dataset}` is empty; give it documents.")
-        splits[split] = _lay_out(splits[split], split, columns)
+        splits[split] = _lay_out(splits[split], split, columns, tokenizer)
     return DatasetDict(splits)
 
 
@@ -155,7 +161,9 @@ def _set_aside(splits: DatasetDict, arguments: DataArguments, seed: int) -> dict
     return {"train": halves["train"], "validation": halves["test"]}
 
 
-def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Dataset:
+def _lay_out(
+    documents: Dataset, split: str, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> Dataset:
     named_pair = arguments.question_column is not None or arguments.answer_column is not None
     question, answer = arguments.question_column or "question", arguments.answer_column or "answer"
     text, names = arguments.text_column or "text", documents.column_names
@@ -174,11 +182,11 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
 
     def from_prompt(row, index):
         if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-            return _conversation([*row["prompt"], *row["completion"]], index, split)
+            return _conversation([*row["prompt"], *row["completion"]], index, split, tokenizer)
         return {name: check(row[name], index) for name in ("prompt", "completion")}
 
     def from_messages(row, index):
-        return _conversation(row["messages"], index, split)
+        return _conversation(row["messages"], index, split, tokenizer)
 
     def from_text(row, index):
         return {"text": check(row[text], index)}
@@ -193,6 +201,9 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
         layouts = {(question, answer): from_pair}
     for columns, lay_out in layouts.items():
         if set(columns) <= set(names):
+            is_chat = lay_out is from_messages or (lay_out is from_prompt and isinstance(documents[0]["prompt"], list))
+            if is_chat and tokenizer is not None and tokenizer.chat_template is None:
+                tokenizer.chat_template = _beginning(tokenizer) + CHAT_TEMPLATE
             return documents.map(lay_out, with_indices=True, remove_columns=names, desc=f"Reading {split}")
     wanted = ", nor ".join(" and ".join(f"`{name}`" for name in columns) for columns in layouts)
     raise ValueError(
@@ -201,11 +212,16 @@ def _lay_out(documents: Dataset, split: str, arguments: DataArguments) -> Datase
     )
 
 
-def _conversation(messages: list[dict[str, str]], index: int, split: str) -> dict[str, str]:
-    """Turns in the layout of questions and answers; the last answer is the completion, the turns before it the prompt.
+def _conversation(
+    messages: list[dict[str, str]], index: int, split: str, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, str]:
+    """The last answer of a conversation is the completion, the turns before it are the prompt.
+
+    They are in the layout of the tokenizer's chat template, without a tokenizer in that of questions and answers.
 
     Raises:
-        ValueError: a role that has no place in this layout, an empty text, or no answer at the end.
+        ValueError: a role that has no place in this layout, an empty text, no answer at the end or nothing before it,
+            or a chat template that refuses the conversation or does not render the prompt as its beginning.
     """
     layouts = {"system": "{}\n\n", "user": PROMPT, "assistant": " {}\n\n"}
     for message in messages if isinstance(messages, list) and messages else [messages]:
@@ -218,12 +234,47 @@ def _conversation(messages: list[dict[str, str]], index: int, split: str) -> dic
             )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"Document {index} of the {split} split ends with {messages[-1]!r}, not with an answer.")
-    prompt = "".join(layouts[message["role"]].format(message["content"]) for message in messages[:-1])
-    return {"prompt": prompt, "completion": f" {messages[-1]['content']}"}
+    if len(messages) == 1:
+        raise ValueError(f"Document {index} of the {split} split is an answer alone; put before it what it answers.")
+    if tokenizer is None:
+        prompt = "".join(layouts[message["role"]].format(message["content"]) for message in messages[:-1])
+        return {"prompt": prompt, "completion": f" {messages[-1]['content']}"}
+    try:
+        return _render([{name: message[name] for name in ("role", "content")} for message in messages], tokenizer)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(
+            f"Document {index} of the {split} split does not fit the tokenizer's chat template ({error}): change the "
+            "messages, save the tokenizer with another `chat_template`, or give `prompt` and `completion` as texts."
+        ) from error
 
 
-def load_tokenizer(name: str | None, documents: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer called `name`, or a byte-level BPE trained on `documents`; at most `vocab_size` tokens.
+def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A conversation without the tokens that `_encode` puts around it.
+
+    Raises:
+        TemplateError: the template refuses the conversation.
+        ValueError: what a server would ask is not the beginning of what is trained.
+    """
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole, beginning = tokenizer.apply_chat_template(messages, tokenize=False), _beginning(tokenizer)
+    if not prompt.startswith(beginning):
+        raise ValueError(f"it begins with {prompt[:20]!r}, and the tokenizer puts {beginning!r} in front")
+    if not whole.startswith(prompt):
+        raise ValueError(f"the prompt {prompt!r} is not the beginning of the whole, {whole!r}")
+    completion = whole.removeprefix(prompt)
+    if (answer := completion.rstrip()).endswith(tokenizer.eos_token):
+        completion = answer.removesuffix(tokenizer.eos_token)
+    return {"prompt": prompt.removeprefix(beginning), "completion": completion}
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer puts in front of a text."""
+    return "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+
+
+def load_tokenizer(name: str | None, documents: Dataset | None, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`, or without a name a byte-level BPE trained on `documents`; at most `vocab_size`
+    tokens.
 
     Digits are tokens of their own. `<bos>` starts what the trained tokenizer encodes; documents end with `<eos>`.
 
@@ -269,7 +320,7 @@ def _train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizer
         eos_token="<eos>",
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],  # `generate` refuses token types
-        chat_template=CHAT_TEMPLATE,
+        chat_template="{{ bos_token }}" + CHAT_TEMPLATE,
     )
 
 
@@ -454,8 +505,11 @@ def solve(
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        for prompt, completion, text in zip(batch["prompt"], batch["completion"], texts, strict=True):
-            expected, answer = final_answer(completion), final_answer(text)
+        # A chat template may end an answer with a token that is not read.
+        completions = tokenizer(batch["completion"], add_special_tokens=False).input_ids
+        read = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        for prompt, completion, right, text in zip(batch["prompt"], batch["completion"], read, texts, strict=True):
+            expected, answer = final_answer(right), final_answer(text)
             solved = expected is not None and answer == expected
             answers.append({"prompt": prompt, "expected": completion, "generated": text, "solved": solved})
     model.train(was_training)

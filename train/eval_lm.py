@@ -107,8 +107,8 @@ def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluati
     """Score the model and write what came out to `output`."""
     model = load(model_arguments)
     turn_dial(model, evaluation.expert_budget)
-    documents = load_documents(data, evaluation.seed)["validation"]
-    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
+    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, None, model.config.vocab_size)
+    documents = load_documents(data, evaluation.seed, tokenizer)["validation"]
     length = min(data.sequence_length, model.config.max_position_embeddings)
     documents = short_enough(documents, "validation", tokenizer, length, data.drop_long_documents)
 

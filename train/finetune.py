@@ -5,8 +5,8 @@
     coe-finetune --config configuration/finetune/lora.yaml --model runs/smoke --dataset path/or/hub-id
 
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`), `prompt` and
-`completion`, `messages`, or `text`. The loss is that of the answers. A run that was killed continues from its newest
-complete checkpoint with the same command. `output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl
+`completion`, `messages`, or `text`; messages are laid out by the tokenizer's chat template. The loss is that of the
+answers. A run that was killed continues from its newest complete checkpoint with the same command. `output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl
 and .png, samples.json, and facts.json with the validation loss before and after.
 """
 
@@ -126,10 +126,9 @@ def finetune(
     base = facts_of(model_arguments.model)
     checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)
     model = load_model(model_arguments, lora, data.sequence_length, layout.distributed_config(), checkpoint)
+    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, None, model.config.vocab_size)
     with training.main_process_first():
-        documents = load_documents(data, training.seed)
-    name = model_arguments.tokenizer or model_arguments.model
-    tokenizer = load_tokenizer(name, documents["train"], model.config.vocab_size)
+        documents = load_documents(data, training.seed, tokenizer)
     for split, rows in documents.items():
         documents[split] = short_enough(rows, split, tokenizer, data.sequence_length, data.drop_long_documents)
 

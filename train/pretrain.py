@@ -179,8 +179,10 @@ def pretrain(
     base = facts_of(model_arguments.model)
     name = model_arguments.tokenizer or (None if model_arguments.is_preset else model_arguments.model)
     with training.main_process_first():
-        documents = load_documents(data_arguments, training.seed)
-        tokenizer = load_tokenizer(name, documents["train"], vocab_size)
+        tokenizer = None if name is None else load_tokenizer(name, None, vocab_size)
+        documents = load_documents(data_arguments, training.seed, tokenizer)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(None, documents["train"], vocab_size)
         length, split = data_arguments.sequence_length, data_arguments.split_long_documents
         blocks = {key: pack(rows, tokenizer, length, split) for key, rows in documents.items()}
     checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)

@@ -134,9 +134,9 @@ def show(model_arguments: CheckpointArguments, data: DataArguments, options: Rou
     """Read the documents and write the numbers and the pictures to `output`."""
     model = AutoModelForCausalLM.from_pretrained(model_arguments.model, **model_arguments.load_options()).eval()
     turn_dial(model, options.expert_budget)
-    documents = load_documents(data, options.seed)["validation"]
+    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, None, model.config.vocab_size)
+    documents = load_documents(data, options.seed, tokenizer)["validation"]
     documents = documents.select(range(min(options.documents, len(documents))))
-    tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, documents, model.config.vocab_size)
     texts = ["".join(row.values()) for row in documents]
     length = min(data.sequence_length, model.config.max_position_embeddings)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
