@@ -192,6 +192,31 @@ def test_a_resumed_run_has_the_curve_of_the_whole_one_and_refuses_another_recipe
     assert curve(output) == pytest.approx(curve(whole_run), abs=1e-5)
 
 
+@pytest.mark.parametrize("changed", [{}, {"max_validation_documents": 3}], ids=["same", "other documents"])
+def test_a_resumed_run_that_loads_its_checkpoint_has_the_loss_before_of_its_first_leg(
+    checkpoint, tmp_path, monkeypatch, changed
+):
+    """With a layout the ranks build the model from the checkpoint; here one rank builds all of it."""
+    load = finetune.AutoModelForCausalLM.from_pretrained
+
+    def load_whole(source, distributed_config, **options):
+        assert distributed_config == "layout"
+        return load(source, **options)
+
+    monkeypatch.setattr(finetune.AutoModelForCausalLM, "from_pretrained", load_whole)
+    monkeypatch.setattr(arguments.LayoutArguments, "distributed_config", lambda self: "layout")
+    finetune.main(command(checkpoint, tmp_path, learning_rate=0.01))
+    first = json.loads((tmp_path / "facts.json").read_text())
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    finetune.main(command(checkpoint, tmp_path, learning_rate=0.01, **changed))
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["resumed_from"] == "checkpoint-2"
+    expected = None if changed else first["before"]
+    assert facts["before"] == expected
+    assert facts["validation_loss_before"] == (expected and expected["validation_loss"])
+    assert facts["answer_loss_before"] == (expected and expected["answer_loss"])
+
+
 def test_a_finished_run_repeated_keeps_its_facts(checkpoint, whole_run, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole_run, output)

@@ -15,7 +15,16 @@ from datasets import Dataset
 
 from modeling_coe.train import checkpoints, eval_lm, finetune, pretrain, show_routing
 from modeling_coe.train.arguments import PretrainArguments, is_preset, require_weights
-from modeling_coe.train.runs import LOCK, PARTIAL, match_record, record_of, result_folder, run_folder, write_json
+from modeling_coe.train.runs import (
+    LOCK,
+    PARTIAL,
+    keep_scores,
+    match_record,
+    record_of,
+    result_folder,
+    run_folder,
+    write_json,
+)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +184,15 @@ def test_a_finished_model_without_checkpoints_is_not_overwritten_by_another_run(
     (tmp_path / "model.safetensors").write_text("weights")
     with pytest.raises(ValueError, match=r"`training.seed=1`, this one has `2`"):
         match_record(tmp_path, record(model, documents, seed=2))
+
+
+def test_scores_are_kept_for_a_later_leg_of_the_same_documents_and_settings(tmp_path):
+    documents, settings = Dataset.from_dict({"text": ["w5", "w6"]}), {"scored_problems": 2}
+    assert keep_scores(tmp_path, documents, settings, None) is None
+    assert keep_scores(tmp_path, documents, settings, {"validation_loss": 2.5}) == {"validation_loss": 2.5}
+    assert keep_scores(tmp_path, documents, settings, None) == {"validation_loss": 2.5}
+    assert keep_scores(tmp_path, documents.select([0]), settings, None) is None
+    assert keep_scores(tmp_path, documents, {"scored_problems": 3}, None) is None
 
 
 @pytest.mark.parametrize("name", ["run.json", "facts.json"])

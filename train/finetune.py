@@ -6,8 +6,9 @@
 
 The dataset has the columns `question` and `answer` (`--question_column`, `--answer_column`), `prompt` and
 `completion`, `messages`, or `text`; messages are laid out by the tokenizer's chat template. The loss is that of the
-answers. A run that was killed continues from its newest complete checkpoint with the same command. `output_dir` holds the model or the adapter, the tokenizer, loss_curve.jsonl
-and .png, samples.json, and facts.json with the validation loss before and after.
+answers. A run that was killed continues from its newest complete checkpoint with the same command. `output_dir` holds
+the model or the adapter, the tokenizer, loss_curve.jsonl and .png, samples.json, and facts.json with the validation
+loss before and after.
 """
 
 from contextlib import nullcontext
@@ -56,7 +57,7 @@ from modeling_coe.train.report import (
     show_progress,
     write_results,
 )
-from modeling_coe.train.runs import match_record, record_of, run_folder
+from modeling_coe.train.runs import keep_scores, match_record, record_of, run_folder
 
 
 class Finetuner(AtomicCheckpoints, RoutingHealth, PoolRate, ShardedCheckpoints, SFTTrainer):
@@ -91,7 +92,8 @@ def load_model(
     if lora.load_in_4bit:
         options["quantization_config"] = QuantizedExpertsConfig(bits=4)
     source = arguments.model if layout is None or resumed is None else str(resumed)
-    model = AutoModelForCausalLM.from_pretrained(source, distributed_config=layout, **options)
+    # A checkpoint says `use_cache=False`, of the training; the configuration is that of the model it began with.
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, distributed_config=layout, **options)
     if lora.load_in_4bit:
         share = sum(share for (_, bits), share in quantized_share(model).items() if bits == 4)
         print(f"{share:.1%} of the weights are in 4 bits: those of the experts.")
@@ -125,7 +127,8 @@ def finetune(
     set_seed(training.seed)
     base = facts_of(model_arguments.model)
     checkpoint = checkpoint_to_resume(output, training.resume_from_checkpoint)
-    model = load_model(model_arguments, lora, data.sequence_length, layout.distributed_config(), checkpoint)
+    distributed = layout.distributed_config()
+    model = load_model(model_arguments, lora, data.sequence_length, distributed, checkpoint)
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, None, model.config.vocab_size)
     with training.main_process_first():
         documents = load_documents(data, training.seed, tokenizer)
@@ -159,7 +162,11 @@ def finetune(
 
     sizes = (data.scored_problems, training.per_device_eval_batch_size, data.max_new_tokens)
     scores = partial(score, trainer.model, tokenizer, documents["validation"], *sizes)
-    before, _ = scores()
+    # With a layout, the weights of a run that goes on are the checkpoint's already.
+    before = scores()[0] if distributed is None or checkpoint is None else None
+    if training.process_index == 0:
+        settings = {"scored_problems": data.scored_problems, "max_new_tokens": data.max_new_tokens}
+        before = keep_scores(output, documents["validation"], settings, before)
     has_trained = train_from(trainer, checkpoint)
     calibrate(trainer)
     after, answers = scores()
@@ -176,9 +183,9 @@ def finetune(
             "validation_documents": len(documents["validation"]),
             "before": before,
             "after": after,
-            "validation_loss_before": before["validation_loss"],
+            "validation_loss_before": before and before["validation_loss"],
             "validation_loss": after["validation_loss"],
-            "answer_loss_before": before.get("answer_loss"),
+            "answer_loss_before": before and before.get("answer_loss"),
             "answer_loss": after.get("answer_loss"),
             "share_solved": after.get("share_solved"),
             "scored_problems": len(answers),

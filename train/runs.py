@@ -28,10 +28,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 PARTIAL = ".partial"
 LOCK = ".lock"
 RECORD = "run.json"
+BEFORE = "before.json"
 PARTS = 64
 # What a killed run of ours leaves: these names, and nothing that a link leads to.
 HALF_WRITTEN = re.compile(r"(discarded-)?checkpoint-\d+")
-HALF_WRITTEN_JSON = tuple(f".{name}.json.partial" for name in ("facts", "routing", "run", "samples"))
+HALF_WRITTEN_JSON = tuple(f".{name}.json.partial" for name in ("before", "facts", "routing", "run", "samples"))
 
 
 @contextmanager
@@ -228,6 +229,20 @@ def record_of(
         "training": {name: arguments[name] for name in [*RECORDED, "world_size", *is_set] if name in arguments},
         **settings,
     }
+
+
+def keep_scores(folder: Path, documents: Dataset, settings: dict, scores: dict | None) -> dict | None:
+    """What a model scored before its training, for the legs of its run that cannot score it any more.
+
+    `scores` is kept in the folder. None asks for what an earlier leg kept there of the same documents and settings,
+    and is the answer if there is no such thing.
+    """
+    path, of = folder / BEFORE, {"documents": _digests(documents), **settings}
+    if scores is not None:
+        write_json(path, {"of": of, "scores": scores})
+    elif path.is_file() and (kept := read_json(path))["of"] == of:
+        return kept["scores"]
+    return scores
 
 
 def weights_of(model: str) -> str | None:
