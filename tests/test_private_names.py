@@ -32,7 +32,6 @@ NAMES = {
     "_resolve_parallel_plans": "transformers:PreTrainedModel._resolve_parallel_plans",
     "_weight_conversions": "transformers:PreTrainedModel.save_pretrained",
     "_prepare_inputs": "transformers:Trainer._prepare_inputs",
-    "_save": "transformers:Trainer._save",
     "_save_checkpoint": "transformers:Trainer._save_checkpoint",
     "_save_optimizer_and_scheduler": "transformers:Trainer._save_optimizer_and_scheduler",
     "_load_optimizer_and_scheduler": "transformers:Trainer._load_optimizer_and_scheduler",
