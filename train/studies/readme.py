@@ -12,6 +12,7 @@ from pathlib import Path
 from modeling_coe import CoEConfig
 from modeling_coe.budget import ServingSetup, TrainingSetup, training_memory, weight_bytes
 from modeling_coe.train.studies.pool_memory import MODELS, PLAIN
+from modeling_coe.train.studies.verdicts import difference_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -78,24 +79,26 @@ def use() -> str:
     speeds = [result(f"pool_memory_{shape}")["rows"] for shape in ("paper", "small", "gsm8k")]
     speeds = [rows["CoE-2(4/32)" if chain not in rows else chain]["speed"] for rows in speeds]
     file = result("low_bits")["files"][chain]["experts int4"]["of bf16"]
-    promise = result("promise_narrow")["rows"]
-    whole = promise["MoE(4/16)"]["mean_validation_loss"]
-    cut, in_twos, in_fours = (
-        promise[name]["mean_validation_loss"] - whole
+    promise, instrument = result("promise_narrow"), result("instrument_narrow")
+    cut, in_twos, in_fours, quarter_in_fours, level = (
+        difference_of(promise, name, "MoE(4/16)")
         for name in (
             "MoE(4/9), 56 %",
             "Pools for two layers (4/18), 56 %",
             "One pool for four layers (4/36), 56 %",
+            "One pool for four layers (4/16), 25 %",
+            "One pool for four layers (4/64)",
         )
     )
-    level = claim("promise_narrow", "One pool for four layers (4/64)", "MoE(4/16)")
+    quarter = difference_of(instrument, "MoE(4/4)", "MoE(4/16)")
     return table(
         ("", ""),
         (
             "Take it",
-            'to train a mixture of experts, Mixtral too, on a small GPU (`experts_implementation="coe"` keeps less '
-            f"for the backward pass), to store experts in 4 bits (the file is {file:.2f}x), to turn down how many "
-            "experts a token computes after training, or to study chains and shared pools under Mixtral's names.",
+            "to train a mixture of experts, Mixtral too, in less memory "
+            '(`experts_implementation="coe"`), to store experts in 4 bits (the file is '
+            f"{file:.2f}x at the paper's shape), to turn down how many experts a token computes after training, or "
+            "to study chains and shared pools under Mixtral's names.",
         ),
         (
             "Take Mixtral",
@@ -113,19 +116,19 @@ def use() -> str:
         (
             "What does training a chain cost?",
             f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed with the same experts' code, the faster the "
-            'larger the model, and the same peak. That code (`experts_implementation="coe"`, for Mixtral too) keeps '
-            f"less for the backward pass: beyond weights and optimizer a step needs "
+            'larger the model, and the same peak. That code is `experts_implementation="coe"`, for Mixtral too: '
+            "against Mixtral with transformers' `grouped_mm`, the memory of a step beyond weights and optimizer is "
             f"{kept['CoE-1(8/64)']['ratio']:.2f}x with one iteration and {kept[chain]['ratio']:.2f}x with two.",
         ),
         (
             "Does a shared pool save memory?",
-            f"Yes: with one sequence of 512 tokens a step, the peak is {two:.2f}x Mixtral's where two layers "
-            f"share one, {four:.2f}x where four do; with 16 sequences {two_of_16:.2f}x and {four_of_16:.2f}x, "
-            "predicted. But so do fewer experts, and sharing was not better: with 56 % of the experts' weights, "
-            f"Mixtral's block ended {cut:.3f} nats above the one with all of them, pools for two layers "
-            f"{in_twos:.3f}, one pool for four {in_fours:.3f}. In the same memory, one pool for four layers is level "
-            f"with a pool a layer ({level['difference']:+.3f}, 95 % interval {level['interval'][0]:+.3f} to "
-            f"{level['interval'][1]:+.3f}).",
+            "Yes: with one sequence of 512 tokens a step, the peak of a chain whose layers share pools of 64 experts "
+            f"in twos (half the experts) is {two:.2f}x Mixtral's, in fours (a quarter) {four:.2f}x; with 16 sequences "
+            f"{two_of_16:.2f}x and {four_of_16:.2f}x, predicted. Fewer experts save memory as well, and we saw no "
+            "gain from sharing: in models of one iteration, against Mixtral's block with all experts, 56 % of them "
+            f"ended {cut} without sharing, {in_twos} in pools for two layers and {in_fours} in one for four; a "
+            f"quarter of them {quarter} without sharing and {quarter_in_fours} in one pool. With as many experts in "
+            f"all, eight seeds cannot tell one pool from a pool a layer: {level}.",
         ),
         (
             "Where was that measured?",
@@ -148,7 +151,9 @@ def peak_of_batch(name: str) -> int:
 def pools() -> str:
     """Loss and bytes of the weights with a part of the experts, with and without shared pools."""
     losses = result("promise_narrow")
-    rows = [("trained on Python sources", "parameters", "in bf16", "experts in 4 bits", "validation loss")]
+    rows = [
+        ("trained on Python sources", "parameters", "weights in bf16", "experts in 4 bits", "validation loss in fp32")
+    ]
     for name, row in losses["rows"].items():
         config = CoEConfig(**losses["config"] | row["config"])
         sizes = (sum(weight_bytes(config, ServingSetup(expert_bits=bits)).values()) for bits in (None, 4))
@@ -164,14 +169,16 @@ def pools() -> str:
 
 
 def low_bits() -> str:
-    """What few bits save and how fast they decode, of a chain of the paper's shape."""
-    measured, chain = result("low_bits"), "CoE-2(4/64)"
-    rows = [("paper's shape, 636 M parameters", "file", "resident", "decoding one sequence", "eight sequences")]
+    """What few bits save and how fast they decode, of a chain of the paper's shape and of Mixtral."""
+    measured, chain, mixtral = result("low_bits"), "CoE-2(4/64)", "Mixtral MoE(8/64)"
+    rows = [("paper's shape, 636 M parameters", "file", "memory in use", "decoding one sequence", "eight sequences")]
     names = ("experts int8", "all int8", "experts int4", "experts int4, groups of 64, rest int8")
-    for name in names:
-        sizes = (measured[section][chain][name]["of bf16"] for section in ("files", "resident memory"))
-        speeds = (measured["decoding"][f"batch {n}"][chain][name]["ratio to bf16"][0] for n in (1, 8))
-        rows.append((name, *(f"{value:.2f}x" for value in (*sizes, *speeds))))
+    for model, name in (*((chain, name) for name in names), (mixtral, "experts int4")):
+        sizes = [f"{measured[section][model][name]['of bf16']:.2f}x" for section in ("files", "resident memory")]
+        if "note" in measured["resident memory"][model]:  # what it is relative to has its experts twice
+            sizes[-1] = ""
+        speeds = (measured["decoding"][f"batch {n}"][model][name]["ratio to bf16"][0] for n in (1, 8))
+        rows.append((f"{model}, {name}", *sizes, *(f"{value:.2f}x" for value in speeds)))
     return table(*rows)
 
 

@@ -54,6 +54,7 @@ def render() -> str:
         search=read_results("search")["search.json"],
         routings=read_results("routing"),
         others=read_results("others"),
+        difference=lambda file, row, than: difference_of(losses[f"{file}.json"], row, than),
         missing={
             table: content["question"]
             for table, content in tables.items()
@@ -89,6 +90,17 @@ def judged(results: dict[str, dict]) -> list[dict]:
         for claim in result["claims"]
     ]
     return [claim | {"number": number} for number, claim in enumerate(claims, 1)]
+
+
+def difference_of(result: dict, row: str, than: str) -> str:
+    """How much higher `row` ends than `than`, with its 95 % interval, by the claim of a result about the two."""
+    for claim in result["claims"]:
+        low, high = claim["interval"]
+        if (claim["row"], claim["than"]) == (row, than):
+            return f"{claim['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        if (claim["row"], claim["than"]) == (than, row):
+            return f"{-claim['difference']:+.3f} ({-high:+.3f} to {-low:+.3f})"
+    raise KeyError(f"No claim compares {row!r} with {than!r}.")
 
 
 def words_of(claim: dict, rows: dict) -> str:
