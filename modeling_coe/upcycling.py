@@ -409,6 +409,11 @@ class _Source:
             check_replaceable(Path(output), overwrite)
         if isinstance(source, PreTrainedModel):
             self.model, self.config, self.tensors = source, source.config, source.state_dict()
+            if any(".lora_" in name or ".base_layer." in name for name in self.tensors):
+                raise ValueError(
+                    f"`source` is a {type(source).__name__} with an adapter in it; merge it first: "
+                    "`AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload()`."
+                )
             self.generation_config = source.generation_config
             return
         require_model("source", source)

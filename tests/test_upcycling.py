@@ -445,6 +445,18 @@ def test_adapters_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("convert", [upcycle, downcycle])
+def test_a_model_with_an_adapter_in_it_is_refused_and_its_merged_one_taken(convert, tmp_path):
+    model = source_model("llama") if convert is upcycle else build(num_iterations=1)
+    model.save_pretrained(tmp_path)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with an adapter in it; merge it first.*merge_and_unload"):
+        convert(loaded)
+    convert(AutoPeftModelForCausalLM.from_pretrained(tmp_path).merge_and_unload())
+
+
+@pytest.mark.parametrize("convert", [upcycle, downcycle])
 def test_an_adapter_in_the_folder_of_its_base_is_refused_and_can_be_merged_as_the_error_says(convert, tmp_path):
     source, apart = tmp_path / "source", tmp_path / "apart"
     model = source_model("llama") if convert is upcycle else build(num_iterations=1)

@@ -17,9 +17,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import MixtralConfig
+from transformers import AutoConfig
 
-from modeling_coe import downcycle
+from modeling_coe import CoEConfig, downcycle
+from modeling_coe.folders import refuse_adapter, require_model
 from modeling_coe.train.arguments import command_line, parse
 
 
@@ -58,7 +59,7 @@ def splits_digits_and_words(tokenizer_file: Path) -> bool:
     return tokenizer["normalizer"] is None and tokenizer["pre_tokenizer"] == split
 
 
-def refuse_what_llama_cpp_lacks(config: MixtralConfig):
+def refuse_what_llama_cpp_lacks(config: CoEConfig):
     """llama.cpp computes every Mixtral with SiLU and attends to the whole context, whatever the file says.
 
     Raises:
@@ -100,10 +101,14 @@ def convert(mixtral: Path, llama_cpp: Path, output: Path, file_type: str):
 def main(arguments: list[str] | None = None):
     logging.basicConfig(level=logging.WARNING)
     (options,) = parse(GgufArguments, arguments=arguments, description=__doc__)
+    require_model("model", options.model)
+    refuse_adapter("model", options.model)
+    config = AutoConfig.from_pretrained(options.model)
+    if config.model_type == "coe":  # all others are refused by `downcycle`
+        refuse_what_llama_cpp_lacks(config)
     partial = options.output.with_name(f".{options.output.name}.partial")
     with TemporaryDirectory() as folder:
         mixtral = downcycle(options.model, Path(folder) / "mixtral")
-        refuse_what_llama_cpp_lacks(MixtralConfig.from_pretrained(mixtral))
         convert(mixtral, options.llama_cpp.resolve(), partial.resolve(), options.type)
     partial.replace(options.output)
     print(f"GGUF written to {options.output}")

@@ -87,27 +87,30 @@ def hops(draw: random.Random, entities: int = 50, relations: int = 10, seen_alon
     return {"train": train, "validation": validation}
 
 
-def mano(draw: random.Random, operations: int = 3, train: int = 400_000, validation: int = 500) -> Splits:
+def mano(
+    draw: random.Random, operations: int = 3, modulus: int = 23, train: int = 400_000, validation: int = 500
+) -> Splits:
     """Expressions in prefix notation of one to `operations` operations; in the validation split of the most, and none
     that is in training."""
-    unseen = [expression(draw, operations) for _ in range(validation)]
+    unseen = [expression(draw, operations, modulus) for _ in range(validation)]
     kept = {words for words, _ in unseen}
-    seen = (expression(draw, draw.randint(1, operations)) for _ in range(train))
+    seen = (expression(draw, draw.randint(1, operations), modulus) for _ in range(train))
     return {
         "train": [question(words, answer=value) for words, value in seen if words not in kept],
         "validation": [question(words, answer=value) for words, value in unseen],
     }
 
 
-def expression(draw: random.Random, operations: int) -> tuple[str, int]:
-    """Words of an expression and its value modulo 23."""
+def expression(draw: random.Random, operations: int, modulus: int) -> tuple[str, int]:
+    """Words of an expression and its value by the modulus."""
     if operations == 0:
-        value = draw.randrange(23)
+        value = draw.randrange(modulus)
         return str(value), value
     left = draw.randrange(operations)
-    (words, a), (others, b) = expression(draw, left), expression(draw, operations - 1 - left)
+    words, a = expression(draw, left, modulus)
+    others, b = expression(draw, operations - 1 - left, modulus)
     sign = draw.choice("+-*")
-    return f"{sign} {words} {others}", {"+": a + b, "-": a - b, "*": a * b}[sign] % 23
+    return f"{sign} {words} {others}", {"+": a + b, "-": a - b, "*": a * b}[sign] % modulus
 
 
 def capo(draw: random.Random, people: int = 20_000, attributes: int = 5, values: int = 128) -> Splits:
