@@ -451,7 +451,7 @@ def test_a_model_with_an_adapter_in_it_is_refused_and_its_merged_one_taken(conve
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="with an adapter in it; merge it first.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"with an adapter in it; merge it first.*merge_and_unload"):
         convert(loaded)
     convert(AutoPeftModelForCausalLM.from_pretrained(tmp_path).merge_and_unload())
 
