@@ -88,4 +88,4 @@ $(VLLM)/.installed: pyproject.toml tests/vllm_requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(ENVIRONMENT) $(OLDEST) $(VLLM) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(ENVIRONMENT) $(OLDEST) $(VLLM) build *.egg-info .pytest_cache .ruff_cache

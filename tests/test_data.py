@@ -14,7 +14,16 @@ from tokenizers import processors
 
 from modeling_coe import CoEConfig, CoEForCausalLM
 from modeling_coe.train.arguments import DataArguments
-from modeling_coe.train.data import as_problems, collate, final_answer, load_documents, load_tokenizer, pack, solve
+from modeling_coe.train.data import (
+    as_problems,
+    collate,
+    final_answer,
+    load_documents,
+    load_tokenizer,
+    pack,
+    share_solved,
+    solve,
+)
 from modeling_coe.train.word_problems import LEVELS, Level, word_problems
 
 
@@ -257,7 +266,14 @@ def test_a_packed_batch_has_the_loss_of_its_documents_one_by_one(documents, toke
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("3+4=7\n#### 7", "7"), ("#### 1\n#### 1,234", "1234"), ("no answer", None), ("####-5 ", "-5"), ("####", None)],
+    [
+        ("3+4=7\n#### 7", "7"),
+        ("#### 1\n#### 1,234", "1234"),
+        ("no answer", None),
+        ("####-5 ", "-5"),
+        ("####", None),
+        ("##### Notes", None),
+    ],
 )
 def test_the_final_answer_stands_behind_the_last_mark(text, answer):
     assert final_answer(text) == answer
@@ -277,6 +293,54 @@ def test_only_the_expected_final_answer_counts_as_solved(documents, tokenizer, m
     ids = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt").input_ids
     monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, ids], dim=1))
     assert [a["solved"] for a in solve(model, tokenizer, problems)] == [True, False, False, True, True]
+
+
+def test_problems_without_a_final_answer_do_not_count():
+    answers = [{"expected": " #### 3", "solved": True}, {"expected": " #### 4", "solved": False}]
+    assert share_solved([*answers, {"expected": " none", "solved": False}]) == 0.5
+    assert share_solved([{"expected": " none", "solved": False}]) is None
+
+
+def test_the_prompt_of_a_long_text_is_short():
+    (row,) = as_problems(Dataset.from_list([{"text": "abcdefgh" * 1000}]), 1)
+    assert (len(row["prompt"]), len(row["completion"])) == (200, 7800)
+
+
+def test_a_tokenizer_that_ends_every_text_itself_is_refused(tokenizer, tmp_path):
+    ends = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = ends
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ends every text with <eos>.*`add_eos_token=False`"):
+        load_tokenizer(str(tmp_path), None, 320)
+
+
+@pytest.mark.parametrize(
+    "others", [("LICENSE.txt", "notes.txt"), ("a.png", "b.png"), ("README.md", "requirements.txt")]
+)
+def test_other_files_in_a_folder_are_not_read(others, tmp_path):
+    write(tmp_path / "data.jsonl", ROWS)
+    for name in others:
+        (tmp_path / name).write_text("Permission is hereby granted\n")
+    splits = load_documents(DataArguments(dataset=str(tmp_path), validation_size=2))
+    assert len(splits["train"]) == 7 and splits["train"].column_names == ["prompt", "completion"]
+
+
+def test_the_splits_that_a_folder_declares_are_read(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", ROWS)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: one.jsonl}\n"
+        "  - {split: test, path: two.jsonl}\n---\nNine problems, twice.\n"
+    )
+    assert len(load_documents(DataArguments(dataset=str(tmp_path)))["validation"]) == 9
+
+
+def test_files_of_two_formats_are_refused_by_name(tmp_path):
+    write(tmp_path / "one.jsonl", ROWS)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match=r"one\.jsonl.*two\.parquet|two\.parquet.*one\.jsonl"):
+        load_documents(DataArguments(dataset=str(tmp_path), validation_size=2))
 
 
 def test_a_plain_text_becomes_a_prompt_and_its_continuation():

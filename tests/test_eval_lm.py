@@ -86,7 +86,7 @@ def test_an_adapter_is_scored_with_its_update(checkpoint, tmp_path):
 def test_tasks_without_lm_eval_name_the_package(checkpoint, monkeypatch):
     monkeypatch.setattr(eval_lm, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install lm_eval"):
-        eval_lm.run_tasks(None, None, eval_lm.EvaluationArguments(tasks=["arithmetic"]))
+        eval_lm.find_tasks(eval_lm.EvaluationArguments(tasks=["arithmetic"]))
 
 
 QUESTIONS = [f"{'and ' * (number % 4)}{number}+1?" for number in range(6)]
@@ -145,6 +145,22 @@ def test_local_tasks_run_offline_and_score_what_the_model_itself_says(checkpoint
     facts = evaluate(checkpoint, tmp_path / "facts", **options, tasks="choose write")
     assert facts["tasks"]["choose"]["acc,none"] == pytest.approx(4 / 6)
     assert facts["tasks"]["write"]["exact_match,none"] == pytest.approx(4 / 6)
+
+
+def test_a_misspelt_task_is_refused_before_the_model_is_loaded(checkpoint, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_lm, "load", lambda arguments: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"no task 'chose'. Did you mean choose\?"):
+        evaluate(checkpoint, tmp_path / "facts", task_folder=tasks, tasks="write chose")
+
+
+def test_what_was_scored_is_kept_when_a_task_fails(checkpoint, tasks, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(eval_lm, "run_tasks", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        evaluate(checkpoint, tmp_path / "facts", task_folder=tasks, tasks="write", scored_problems=0)
+    assert json.loads((tmp_path / "facts" / "facts.json").read_text())["validation_loss"] > 0
 
 
 def test_lm_eval_gives_the_same_answers_at_every_batch_size(checkpoint, tasks, no_survey):

@@ -500,6 +500,11 @@ def test_routing_health_of_known_routers():
     assert health["dead_experts_2"] == pytest.approx(0.6)
     padded = {name: torch.cat([value, torch.zeros_like(value)], dim=1) for name, value in batch.items()}
     assert routing_health(model, padded) == health
+    # Packed rows have no mask: what is padding, the labels and the padding token say.
+    model.config.pad_token_id = 0
+    packed = {"input_ids": padded["input_ids"], "position_ids": torch.arange(16).repeat(4, 2)}
+    labels = torch.where(padded["attention_mask"].bool(), padded["input_ids"], -100)
+    assert routing_health(model, packed | {"labels": labels}) == health
 
 
 def test_routing_health_tells_the_experts_of_a_pool_that_no_visit_uses():

@@ -109,6 +109,21 @@ def test_a_folder_has_one_process_at_a_time_and_none_after_a_kill(tmp_path):
     assert not folder.exists()  # it was empty, and this run had made it
 
 
+def test_a_folder_that_was_there_stays_and_the_error_is_the_one_that_was_raised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the reason"), run_folder(Path("."), "user/model"):
+        raise ValueError("the reason")
+    with pytest.raises(ValueError, match="the reason"), run_folder(Path("new"), "user/model"):
+        raise ValueError("the reason")
+    assert tmp_path.is_dir() and not Path("new").exists()
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_record_begins_again(tmp_path):
+    (tmp_path / ".run.json.partial").write_text("{")
+    with run_folder(tmp_path, "user/model"):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
 def test_what_a_killed_run_left_half_written_is_named_and_removed(tmp_path, capsys):
     (tmp_path / PARTIAL / "checkpoint-8").mkdir(parents=True)
     (tmp_path / PARTIAL / "checkpoint-8" / "model.safetensors").write_text("half")

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -37,6 +38,7 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'user' %}Question: {{ content }}\nAnswer:"
     "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
+LONGEST_CUT = 200
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -91,9 +93,8 @@ def _read(arguments: DataArguments) -> DatasetDict:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
-    elif files and glob.escape(str(path)) != str(path):
-        # `datasets` takes brackets and stars in the name of a folder for a pattern.
-        options = {"path": FILE_FORMATS[files[0].suffix], "data_dir": glob.escape(str(path))}
+    elif files and not _declares_files(path):
+        options = {"path": _format(path, files), "data_files": _files_by_split(path)}
     else:
         _require_dataset(arguments.dataset)
         options = {"path": arguments.dataset, "name": arguments.dataset_config}
@@ -106,6 +107,35 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(
             f"`dataset={path}` cannot be read: {reason} Repair or remove the empty or broken file."
         ) from error
+
+
+def _declares_files(folder: Path) -> bool:
+    """Whether the folder's README.md says which files are which split, as data sets of the Hub do."""
+    card = folder / "README.md"
+    return card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
+
+
+def _format(folder: Path, files: list[Path]) -> str:
+    """
+    Raises:
+        ValueError: files of two formats, of which `datasets` would read those of one and not say so.
+    """
+    first = {FILE_FORMATS[file.suffix]: file for file in reversed(files)}
+    if len(first) > 1:
+        names = " and ".join(str(file.relative_to(folder)) for file in first.values())
+        raise ValueError(f"`dataset={folder}` holds {names}, of two formats; put one of them into another folder.")
+    return next(iter(first))
+
+
+def _files_by_split(folder: Path) -> dict[str, list[str]]:
+    """The folder's JSON or Parquet files, by the splits that `datasets` reads from their names.
+
+    Given a folder, `datasets` reads the format that most files have, which may be that of LICENSE.txt; and it takes
+    brackets and stars in the name of a folder for a pattern.
+    """
+    base = glob.escape(str(folder.resolve()))
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[*FILE_FORMATS])
+    return {split: [glob.escape(name) for name in names] for split, names in files.items() if names}
 
 
 def _require_dataset(name: str):
@@ -279,7 +309,8 @@ def load_tokenizer(name: str | None, documents: Dataset | None, vocab_size: int)
     Digits are tokens of their own. `<bos>` starts what the trained tokenizer encodes; documents end with `<eos>`.
 
     Raises:
-        ValueError: more tokens than the model's embedding has rows, or no token to end a document with.
+        ValueError: more tokens than the model's embedding has rows, no token to end a document with, or one that the
+            tokenizer puts behind every text itself, between a question and its answer too.
     """
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -290,6 +321,11 @@ def load_tokenizer(name: str | None, documents: Dataset | None, vocab_size: int)
             )
         if tokenizer.eos_token_id is None:
             raise ValueError(f"`tokenizer={name}` has no eos token, which ends every document; set one and save it.")
+        if len(ids := tokenizer("a").input_ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            raise ValueError(
+                f"`tokenizer={name}` ends every text with {tokenizer.eos_token}, a question before its answer too; "
+                "load it with `add_eos_token=False`, or another post-processor, and save it."
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.is_fast:
@@ -373,13 +409,14 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def as_problems(documents: Dataset, count: int) -> Dataset:
-    """The first `count` documents as prompt and completion; of a plain text the first quarter is the prompt."""
+    """The first `count` documents as prompt and completion; of a plain text the first quarter is the prompt, up to
+    `LONGEST_CUT` characters."""
     documents = documents.select(range(min(count, len(documents))))
     if "prompt" in documents.column_names:
         return documents
 
     def cut(row):
-        end = max(1, len(row["text"]) // 4)
+        end = min(max(1, len(row["text"]) // 4), LONGEST_CUT)
         return {"prompt": row["text"][:end], "completion": row["text"][end:]}
 
     return documents.map(cut, remove_columns=["text"], desc="Cutting prompts")
@@ -387,7 +424,7 @@ def as_problems(documents: Dataset, count: int) -> Dataset:
 
 def final_answer(text: str) -> str | None:
     """What stands behind the last `####`, without thousands separators; None if there is none."""
-    answers = re.findall(r"####\s*(\S+)", text)
+    answers = re.findall(r"(?<!#)####(?!#)\s*(\S+)", text)
     return answers[-1].replace(",", "") if answers else None
 
 
@@ -438,9 +475,13 @@ def score(
 
 def share_solved(answers: list[dict]) -> float | None:
     """None if there is no problem with a final answer."""
-    if all(final_answer(answer["expected"]) is None for answer in answers):
-        return None
-    return sum(answer["solved"] for answer in answers) / len(answers)
+    scored = with_final_answer(answers)
+    return sum(answer["solved"] for answer in scored) / len(scored) if scored else None
+
+
+def with_final_answer(answers: list[dict]) -> list[dict]:
+    """Those that can be solved."""
+    return [answer for answer in answers if final_answer(answer["expected"]) is not None]
 
 
 def short_enough(

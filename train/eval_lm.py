@@ -10,12 +10,16 @@ of the answers alone (`answer_loss`, as fine-tuning does); answers are generated
 `pip install lm_eval`; a folder of local YAML tasks works offline.
 """
 
+from __future__ import annotations
+
+import difflib
 import json
 import math
 import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -30,9 +34,20 @@ from modeling_coe.train.arguments import (
     require_least,
     require_weights,
 )
-from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough, turn_dial
+from modeling_coe.train.data import (
+    load_documents,
+    load_tokenizer,
+    score,
+    short_enough,
+    turn_dial,
+    with_final_answer,
+)
 from modeling_coe.train.report import environment, keep_output_short
 from modeling_coe.train.runs import result_folder, write_json
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 @dataclass
@@ -66,22 +81,42 @@ def load(arguments: CheckpointArguments) -> PreTrainedModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments) -> dict:
-    """lm_eval's metrics of each task.
+def find_tasks(arguments: EvaluationArguments) -> TaskManager | None:
+    """lm_eval's tasks and those of `task_folder`; None if none is asked for.
 
     Raises:
         ImportError: lm_eval is not installed.
+        ValueError: naming a task that is not there, and the nearest that is.
     """
+    if not arguments.tasks:
+        return None
     if find_spec("lm_eval") is None:
         raise ImportError(f"`tasks={arguments.tasks}` need lm_eval; `pip install lm_eval`, or leave them out.")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=arguments.task_folder)
+    for name in arguments.tasks:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " Name its folder with `task_folder`."
+            raise ValueError(f"`tasks={arguments.tasks}`: lm_eval has no task {name!r}.{hint}")
+    return manager
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: EvaluationArguments,
+    manager: TaskManager,
+) -> dict:
+    """lm_eval's metrics of each task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size),
         tasks=arguments.tasks,
-        task_manager=TaskManager(include_path=arguments.task_folder),
+        task_manager=manager,
         limit=arguments.task_limit,
         bootstrap_iters=0,
     )["results"]
@@ -105,6 +140,7 @@ def main(arguments: list[str] | None = None):
 
 def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluation: EvaluationArguments, output: Path):
     """Score the model and write what came out to `output`."""
+    manager = find_tasks(evaluation)
     model = load(model_arguments)
     turn_dial(model, evaluation.expert_budget)
     tokenizer = load_tokenizer(model_arguments.tokenizer or model_arguments.model, None, model.config.vocab_size)
@@ -122,12 +158,14 @@ def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluati
         "expert_budget": getattr(model.config, "expert_budget", None),
         **scores,
         "perplexity": math.exp(min(scores["validation_loss"], math.log(sys.float_info.max))),
-        "scored_problems": len(answers),
+        "scored_problems": len(with_final_answer(answers)),
     }
+    surroundings = environment(model.device)
     write_json(output / "samples.json", answers)
-    if evaluation.tasks:
-        facts["tasks"] = run_tasks(model, tokenizer, evaluation)
-    write_json(output / "facts.json", facts | environment(model.device))
+    write_json(output / "facts.json", facts | surroundings)
+    if manager is not None:
+        facts["tasks"] = run_tasks(model, tokenizer, evaluation, manager)
+        write_json(output / "facts.json", facts | surroundings)
     print(json.dumps(facts, indent=2))
 
 

@@ -46,7 +46,7 @@ from modeling_coe.train.checkpoints import (
     checkpoint_to_resume,
     train_from,
 )
-from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough
+from modeling_coe.train.data import load_documents, load_tokenizer, score, short_enough, with_final_answer
 from modeling_coe.train.optimizer import PoolRate, balancing, calibrate
 from modeling_coe.train.report import (
     Curve,
@@ -188,7 +188,7 @@ def finetune(
             "answer_loss_before": before and before.get("answer_loss"),
             "answer_loss": after.get("answer_loss"),
             "share_solved": after.get("share_solved"),
-            "scored_problems": len(answers),
+            "scored_problems": len(with_final_answer(answers)),
             **facts_of_run(trainer, checkpoint, has_trained),
         }
         write_results(trainer, facts, answers, Path(data.dataset).name)

@@ -183,11 +183,11 @@ def calls_and_size(calls: int, sent: float) -> str:
 def print_world(config: CoEConfig, setup: TrainingSetup, gpus: int, memory: int):
     """Memory, traffic and time of a rank: data parallel, sharded (FSDP2), and sharded with expert parallelism."""
     cluster = Cluster(gpus_per_node=min(gpus, 8))
-    experts = math.gcd(config.num_local_experts, cluster.gpus_per_node)
+    experts = math.gcd(config.num_local_experts, cluster.gpus_per_node, gpus)
     layouts = {
         "DDP": Layout(dp_replicate_size=gpus),
         "FSDP2": Layout(fsdp_size=gpus),
-        f"FSDP2 + EP {experts}": Layout(fsdp_size=gpus, ep_size=math.gcd(gpus, experts)),
+        f"FSDP2 + EP {experts}": Layout(fsdp_size=gpus, ep_size=experts),
     }
     print(f"\n{gpus} GPUs, {setup.batch_size} x {setup.sequence_length} tokens each; assumed: {cluster}")
     row("", *layouts)

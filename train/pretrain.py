@@ -46,7 +46,16 @@ from modeling_coe.train.checkpoints import (
     checkpoint_to_resume,
     train_from,
 )
-from modeling_coe.train.data import as_problems, collate, load_documents, load_tokenizer, pack, share_solved, solve
+from modeling_coe.train.data import (
+    as_problems,
+    collate,
+    load_documents,
+    load_tokenizer,
+    pack,
+    share_solved,
+    solve,
+    with_final_answer,
+)
 from modeling_coe.train.optimizer import PoolRate, balancing, calibrate
 from modeling_coe.train.report import (
     ROUTING_HEALTH,
@@ -239,7 +248,7 @@ def report(
         "validation_loss_before": at_start[0] if at_start else None,
         "validation_loss": trainer.metrics["eval_loss"],
         "share_solved": trainer.metrics.get("eval_solved"),
-        "scored_problems": len(trainer.answers),
+        "scored_problems": len(with_final_answer(trainer.answers)),
         "routing_health": {name: value for name, value in trainer.metrics.items() if name.startswith(ROUTING_HEALTH)},
         **facts_of_run(trainer, checkpoint, is_new),
     }

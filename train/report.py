@@ -24,6 +24,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from modeling_coe.folders import facts_of
+from modeling_coe.modeling_coe import routed_tokens
 from modeling_coe.routing import watched_choices
 from modeling_coe.train.runs import write_json
 
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt
 CURVE = "loss_curve.jsonl"
 # How the names of `routing_health`'s values begin in the metrics of an evaluation.
 ROUTING_HEALTH = tuple(f"eval_{name}" for name in ("router_entropy", "dead", "load_", "pool_", "experts_per_token"))
-ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids")
+ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 def keep_output_short():
@@ -134,11 +135,13 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     share that no token chose in any visit, and `pool_imbalance`.
     """
     config = model.config
+    labels = batch.get("labels")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     with watched_choices(model) as choices:
-        logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
-    keep = torch.ones(logits[0].shape[0], dtype=torch.bool, device=logits[0].device)
-    if "attention_mask" in batch:
-        keep = batch["attention_mask"].reshape(-1).bool()
+        logits = model(**inputs, use_cache=False, output_router_logits=True).router_logits
+    names = ("input_ids", "attention_mask", "position_ids")
+    is_token = routed_tokens(config, *(inputs.get(name) for name in names), labels)
+    keep = torch.ones_like(logits[0][:, 0], dtype=torch.bool) if is_token is None else is_token.reshape(-1).bool()
     chain, N = config.num_iterations, config.num_local_experts
     health, all_loads = {}, []
     for iteration in range(chain):

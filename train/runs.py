@@ -50,7 +50,8 @@ def run_folder(folder: Path, model: str) -> Iterator[None]:
             f"`output_dir={folder}` {'is or holds' if is_above else 'is inside'} `model={model}`, and a run needs a "
             "folder of its own; choose another one."
         )
-    others = [path.name for path in folder.glob("*") if path.name not in (PARTIAL, LOCK)] if folder.is_dir() else []
+    ours = (PARTIAL, LOCK, *HALF_WRITTEN_JSON)
+    others = [path.name for path in folder.glob("*") if path.name not in ours] if folder.is_dir() else []
     if others and not _is_record(folder / RECORD):
         names = ", ".join(sorted(others)[:3])
         raise ValueError(
@@ -81,6 +82,7 @@ def result_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
+    is_ours = not folder.exists() or (folder / LOCK).exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(folder)
@@ -97,7 +99,7 @@ def _held(folder: Path) -> Iterator[None]:
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        if not any(folder.iterdir()):
+        if is_ours and not any(folder.iterdir()):
             folder.rmdir()
 
 
