@@ -275,6 +275,8 @@ def test_the_plan_of_a_world_shows_calls_and_sizes(capsys):
         line.startswith("  all_to_all of the equal") and line.endswith(f"16 x {2 * sent:,.3f}") for line in lines
     )
     assert [line.split()[0] for line in lines[-6:]] == ["8", "16", "32", "64", "128", "256"]
+    plan.main([*arguments, "--world", "12x80GB"])
+    assert "FSDP2 + EP 4" in capsys.readouterr().out  # what 12 GPUs and 64 experts can be divided by
 
 
 def write_counts(path):
