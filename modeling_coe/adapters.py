@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .configuration_coe import CoEConfig
-from .modeling_coe import CoEForCausalLM
+from .modeling_coe import (
+    CoEForCausalLM,
+    CoEForQuestionAnswering,
+    CoEForSequenceClassification,
+    CoEForTokenClassification,
+)
 
 
 if TYPE_CHECKING:
@@ -21,6 +26,13 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHARED_EXPERT = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTERS = ("full", "lora", "none")
+# By its task PEFT knows which head is new, trains it and saves it.
+TASKS = {
+    CoEForCausalLM: "CAUSAL_LM",
+    CoEForSequenceClassification: "SEQ_CLS",
+    CoEForTokenClassification: "TOKEN_CLS",
+    CoEForQuestionAnswering: "QUESTION_ANS",
+}
 COMPONENTS = {"self_attn": "attention", "experts": "experts", "shared_expert": "shared_expert", "gate": "router"}
 
 
@@ -40,9 +52,10 @@ def lora_config(
         r: rank; an expert pool has `r * N * (2 * H + 3 * I)` parameters a layer.
         lora_alpha: the update is scaled by `lora_alpha / r`; `2 * r` by default.
         kwargs: any other field of `LoraConfig`; adapted parameters know neither `lora_dropout` nor `use_dora`.
+            `target_modules`, `target_parameters` and `modules_to_save` are lists, added to those above.
 
     Raises:
-        ValueError: not a CoE model, or an unknown `router`.
+        ValueError: not a CoE model, an unknown `router`, or a text where a list is added to.
     """
     from peft import LoraConfig
 
@@ -61,10 +74,15 @@ def lora_config(
         "r": r,
         "lora_alpha": 2 * r if lora_alpha is None else lora_alpha,
         "target_modules": modules,
-        "target_parameters": parameters or None,
-        "modules_to_save": ["mlp.gate"] if router == "full" else None,
-        "task_type": "CAUSAL_LM" if isinstance(model, CoEForCausalLM) else None,
+        "target_parameters": parameters,
+        "modules_to_save": ["mlp.gate"] if router == "full" else [],
+        "task_type": next((task for head, task in TASKS.items() if isinstance(model, head)), None),
     }
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
+        more = kwargs.pop(name, None) or []
+        if isinstance(more, str):
+            raise ValueError(f"`{name}={more!r}` is added to {options[name]}; give a list of names.")
+        options[name] = [*options[name], *more] or None
     return LoraConfig(**(options | kwargs))
 
 

@@ -192,7 +192,7 @@ def calibrate_expert_budget(model: PreTrainedModel, batches: Iterable[dict[str, 
     Raises:
         ValueError: a model without null experts, or no batches.
     """
-    config, batches = model.config, list(batches or ())
+    config, batches = model.config, [] if batches is None else list(batches)
     if not getattr(config, "num_null_experts", 0):
         raise ValueError(f"{type(model).__name__} has no null experts: there is no budget to calibrate.")
     if not batches or not all(isinstance(batch, Mapping) for batch in batches):

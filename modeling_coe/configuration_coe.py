@@ -212,7 +212,8 @@ class CoEConfig(PreTrainedConfig):
         for key, value in rope.items():
             numbers = value if isinstance(value, list) and key in ("short_factor", "long_factor") else [value]
             is_finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-            known = key in ("rope_type", "type") or value is None or is_finite
+            is_switch = key == "truncate" and isinstance(value, bool)  # of YaRN's range
+            known = key in ("rope_type", "type") or value is None or is_finite or is_switch
             self._require("rope_parameters", known, f"a dict of finite numbers, which `{key}={value!r}` is not")
         self._require("rope_parameters", (rope.get("rope_theta") or 0) > 0, "a dict whose `rope_theta` is above 0")
         for key in ("factor", "original_max_position_embeddings"):

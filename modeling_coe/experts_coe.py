@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
@@ -121,7 +120,8 @@ ALL_EXPERTS_FUNCTIONS.register("coe", coe_experts_forward)
 
 def is_packed(weight: torch.Tensor) -> bool:
     """Whether a tensor wraps others, as quantised weights do; sharded weights are not meant."""
-    return is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    # Asked of the class: Dynamo, tracing `is_traceable_wrapper_subclass(weight)`, says no.
+    return hasattr(type(weight), "__tensor_flatten__") and not isinstance(weight, DTensor)
 
 
 def no_slices(experts: nn.Module) -> str | None:

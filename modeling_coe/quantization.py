@@ -312,7 +312,17 @@ def _baddbmm(weight: QuantizedWeight, B: torch.Tensor, A: torch.Tensor, *, alpha
     return QuantizedWeight(weight.values, weight.scale, weight.shape, weight.bits, weight.block, update)
 
 
+def _set_data(weight: QuantizedWeight, other: torch.Tensor):
+    """`weight.data = other`, by which PEFT's `prepare_model_for_kbit_training` changes the dtype."""
+    if not isinstance(other, QuantizedWeight):
+        raise ValueError(f"`.data = ...` of {weight} takes other weights in few bits, not a tensor in {other.dtype}.")
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(weight, other)
+    vars(weight).update(vars(other), slices={})
+
+
 _FUNCTIONS = {
+    torch.Tensor.data.__set__: _set_data,
     F.linear: _linear,
     F.embedding: _embedding,
     torch.Tensor.__getitem__: _select,
@@ -356,6 +366,21 @@ def _add(weight: QuantizedWeight, delta: torch.Tensor) -> QuantizedWeight:
     weight.values.copy_(merged.values)
     weight.scale.copy_(merged.scale)
     return weight
+
+
+class _QuantizedNames:
+    """The names of a model's weights in few bits, whenever DistributedDataParallel asks which it shall leave alone.
+
+    It would flatten and send them, frozen as they are, and every rank has read them from the same file.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __iter__(self):
+        for name, weight in self.model.named_parameters():
+            if isinstance(weight, QuantizedWeight):
+                yield from (name, f"base_model.model.{name}")  # as PEFT's wrapper calls it
 
 
 class QuantizedExpertsConfig(QuantizationConfigMixin):
@@ -455,6 +480,7 @@ class ExpertsQuantizer(HfQuantizer):
                 "`_scale`; download it again, or quantise the original once more."
             )
         _let_go_of_the_file(model)
+        model._ddp_params_and_buffers_to_ignore = _QuantizedNames(model)
         # Files hold the fused tensors; the model's own conversions would take them apart into experts.
         model._weight_conversions = []
         shares = quantized_share(model)

@@ -142,6 +142,7 @@ def upcycle(
         raise ValueError(f"upcycle: `verify_text={str(verify_text)!r}` is only read with `verify=True`; set it too.")
     source = _Source(source, output, overwrite)
     config = chain_config(source.config, num_iterations, experts_per_iteration, num_experts, layers, layers_per_pool)
+    layers = None if layers is None else list(layers)
     weights = _ChainWeights(source, config, layers, expert_noise, router_noise, seed)
     config = weights.config
     changes = changes_of_function(source.config, config, layers, expert_noise)
@@ -366,8 +367,8 @@ def changes_of_function(
         changes.append(f"{config.num_experts_per_tok} experts per iteration instead of {source.num_experts_per_tok}")
     if source.model_type in DENSE_FAMILIES and expert_noise:
         changes.append(f"expert_noise={expert_noise}")
-    if layers is not None and layers != list(range(source.num_hidden_layers)):
-        changes.append(f"layers {layers} of {source.num_hidden_layers}")
+    if layers is not None and list(layers) != list(range(source.num_hidden_layers)):
+        changes.append(f"layers {list(layers)} of {source.num_hidden_layers}")
     if config.layers_per_pool > 1:
         changes.append(f"{config.layers_per_pool} layers share the mean of their experts")
     return changes

@@ -72,6 +72,11 @@ def test_impossible_configurations_name_field_value_and_remedy(case):
     assert "must be" in str(error.value)
 
 
+def test_yarn_keeps_its_switch():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": False}
+    assert CoEConfig(rope_parameters=yarn).rope_parameters["truncate"] is False
+
+
 def test_a_rope_type_without_its_factor_is_refused():
     with pytest.raises(ValueError, match=r"rope_parameters=.*'linear'.*factor"):
         CoEConfig(rope_parameters={"rope_type": "linear"})

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on attention, fused experts and routers: counted, merged exactly, and one merged copy for all iterations."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING  # noqa: E402, after the skip
 
 from modeling_coe import CoEConfig, CoEForCausalLM, CoEForSequenceClassification  # noqa: E402
-from modeling_coe.adapters import ROUTERS, count_adapted, lora_config  # noqa: E402
+from modeling_coe.adapters import ATTENTION, EXPERTS, ROUTERS, TASKS, count_adapted, lora_config  # noqa: E402
 from modeling_coe.balancing import calibrate_expert_budget  # noqa: E402
 
 
@@ -301,6 +302,35 @@ def test_lora_config_refuses_what_it_cannot_adapt():
 
 def test_a_classifier_is_adapted_too():
     model = build(CoEForSequenceClassification)
-    assert lora_config(model).task_type is None
-    assert lora_config(build()).task_type == "CAUSAL_LM"
     assert count_adapted(peft.get_peft_model(model, lora_config(model)))["experts"] > 0
+
+
+@pytest.mark.parametrize("head", [*TASKS])
+def test_the_new_head_of_a_task_learns_and_is_saved(head, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    model = head.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, lora_config(model))
+    inputs = {"input_ids": tokens(2, 9)}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
+    first = model.train()(**inputs)
+    sum(value.float().pow(2).sum() for value in first.values() if isinstance(value, torch.Tensor)).backward()
+    optimizer.step()
+    new = {n for n, p in model.named_parameters() if p.requires_grad and re.search(r"\.(score|qa_outputs)\.", n)}
+    assert new or head is CoEForCausalLM
+    expected = model.eval()(**inputs)[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(head.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert_equal_to_1e6(again(**inputs)[0], expected)
+
+
+def test_lists_are_added_to_what_is_adapted_anyway():
+    model = build()
+    more = {"modules_to_save": ["lm_head"], "target_parameters": ["embed_tokens.weight"], "target_modules": ["gate"]}
+    config = lora_config(model, **more)
+    assert config.modules_to_save == ["mlp.gate", "lm_head"]
+    assert config.target_modules == {*ATTENTION, "gate"}
+    assert config.target_parameters == [*EXPERTS, "embed_tokens.weight"]
+    counts = count_adapted(peft.get_peft_model(model, lora_config(model, modules_to_save=["lm_head"])))
+    assert counts["router"] == expected_counts("full", True)["router"]
+    with pytest.raises(ValueError, match=r"`target_modules='all-linear'` is added to .*; give a list"):
+        lora_config(model, target_modules="all-linear")

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_compiled_and_exported_equal_eager, assert_equals_the_naive_decoder, build, tokens
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
 
 import modeling_coe
 from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, downcycle, experts_coe, lora_config
@@ -258,6 +260,8 @@ def test_impossible_budgets_of_a_model_are_refused_by_name():
     with pytest.raises(ValueError, match="padding alone"):
         calibrate_expert_budget(model, [row | {"attention_mask": torch.zeros(1, 3, dtype=torch.long)}])
     assert model.config.expert_budget == 2 * 7 / 10
+    stream = IterableDataset.from_generator(lambda: iter([{"input_ids": list(range(1, 9))}] * 4)).with_format("torch")
+    calibrate_expert_budget(model, DataLoader(stream, batch_size=2))  # has no length
     with pytest.raises(ValueError, match="router_bias=True"):
         downcycle(build(num_iterations=1, **NULL))
 

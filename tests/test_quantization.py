@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from conftest import build, tokens
 from safetensors.torch import load_file, save_file, save_model
 from test_checkpoint import run_without_the_package
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoModelForCausalLM,
@@ -402,6 +404,41 @@ def test_expanded_weights_learn_as_those_of_the_original_and_under_an_adapter_st
     model.dequantize()
     assert not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+@pytest.mark.parametrize("config", [(4,), (8, 32, 8)])
+def test_compiled_experts_in_few_bits_compute_what_eager_ones_do(config, folder):
+    model, ids = load(folder / "CoE", *config).eval(), tokens(1, 9)
+    for with_gradients in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(with_gradients):
+            assert difference(torch.compile(model, backend="eager")(ids).logits, model(ids).logits) <= 1e-6
+
+
+@pytest.mark.parametrize("config", [(4,), (8, 32, 8)])
+def test_a_model_prepared_for_adapters_keeps_its_bits_in_the_new_dtype(config, folder):
+    model, ids = load(folder / "CoE", *config, dtype=torch.bfloat16), tokens(1, 9)
+    expected = load(folder / "CoE", *config, dtype=torch.bfloat16).to(torch.float32)(ids).logits
+    weight = model.model.layers[0].mlp.experts.down_proj
+    prepared = pytest.importorskip("peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert weight.dtype == weight.scale.dtype == weight[0].dtype == torch.float32
+    assert difference(prepared(ids).logits, expected) <= 1e-6
+    with pytest.raises(ValueError, match=r"`\.data = \.\.\.` of .* takes other weights in few bits"):
+        weight.data = torch.zeros_like(weight.dequantize())
+
+
+def test_adapters_on_experts_in_few_bits_train_under_ddp(folder, tmp_path):
+    model, ids = adapted(load(folder / "CoE", 4)), tokens(2, 9)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model)(ids, labels=ids).loss.backward()
+    finally:
+        distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        assert torch.equal(model.get_parameter(name).grad, gradient), name
 
 
 def test_a_merge_into_few_bits_says_what_it_loses(folder, caplog):

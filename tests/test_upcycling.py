@@ -673,6 +673,13 @@ def test_layers_keeps_the_named_source_layers_in_order(tmp_path, caplog):
     assert difference(source, chain)[0] <= 1e-5
 
 
+@pytest.mark.parametrize("layers", [range(3), (0, 1, 2)])
+def test_all_layers_in_order_change_nothing_whatever_lists_them(layers, tmp_path):
+    upcycle(saved(source_model("mixtral"), tmp_path / "source"), tmp_path / "chain", layers=layers)
+    facts = json.loads((tmp_path / "chain" / "facts.json").read_text())["upcycling"]
+    assert facts["layers"] == [0, 1, 2] and facts["changes_of_function"] == []
+
+
 def test_training_starts_at_the_scale_and_reaches_the_later_routers_after_one_step():
     chain = upcycle(source_model("mixtral"), router_noise=0.1).train()
     chain.config.router_aux_loss_coef = 0.0
