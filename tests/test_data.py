@@ -336,11 +336,15 @@ def test_the_splits_that_a_folder_declares_are_read(tmp_path):
     assert len(load_documents(DataArguments(dataset=str(tmp_path)))["validation"]) == 9
 
 
-def test_files_of_two_formats_are_refused_by_name(tmp_path):
-    write(tmp_path / "one.jsonl", ROWS)
-    Dataset.from_list(ROWS).to_parquet(tmp_path / "two.parquet")
+def test_files_of_two_formats_are_refused_by_name_unless_they_are_of_no_split(tmp_path):
+    for split in ("train", "validation"):
+        Dataset.from_list(ROWS).to_parquet(tmp_path / "named" / f"{split}.parquet")
+    write(tmp_path / "named" / "facts.json", [{"hash": "abc"}])
+    assert len(load_documents(DataArguments(dataset=str(tmp_path / "named")))["train"]) == 9
+    write(tmp_path / "mixed" / "one.jsonl", ROWS)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "mixed" / "two.parquet")
     with pytest.raises(ValueError, match=r"one\.jsonl.*two\.parquet|two\.parquet.*one\.jsonl"):
-        load_documents(DataArguments(dataset=str(tmp_path), validation_size=2))
+        load_documents(DataArguments(dataset=str(tmp_path / "mixed"), validation_size=2))
 
 
 def test_a_plain_text_becomes_a_prompt_and_its_continuation():

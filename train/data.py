@@ -12,6 +12,7 @@ import difflib
 import glob
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -94,7 +95,8 @@ def _read(arguments: DataArguments) -> DatasetDict:
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
     elif files and not _declares_files(path):
-        options = {"path": _format(path, files), "data_files": _files_by_split(path)}
+        splits = _files_by_split(path)
+        options = {"path": _format(path, splits), "data_files": splits}
     else:
         _require_dataset(arguments.dataset)
         options = {"path": arguments.dataset, "name": arguments.dataset_config}
@@ -115,18 +117,6 @@ def _declares_files(folder: Path) -> bool:
     return card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
 
 
-def _format(folder: Path, files: list[Path]) -> str:
-    """
-    Raises:
-        ValueError: files of two formats, of which `datasets` would read those of one and not say so.
-    """
-    first = {FILE_FORMATS[file.suffix]: file for file in reversed(files)}
-    if len(first) > 1:
-        names = " and ".join(str(file.relative_to(folder)) for file in first.values())
-        raise ValueError(f"`dataset={folder}` holds {names}, of two formats; put one of them into another folder.")
-    return next(iter(first))
-
-
 def _files_by_split(folder: Path) -> dict[str, list[str]]:
     """The folder's JSON or Parquet files, by the splits that `datasets` reads from their names.
 
@@ -136,6 +126,23 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
     base = glob.escape(str(folder.resolve()))
     files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base).filter(extensions=[*FILE_FORMATS])
     return {split: [glob.escape(name) for name in names] for split, names in files.items() if names}
+
+
+def _format(folder: Path, splits: dict[str, list[str]]) -> str:
+    """What `datasets` calls the format of the splits' files.
+
+    Raises:
+        ValueError: files of two formats, or none of them in a split.
+    """
+    first = {}
+    for name in chain.from_iterable(splits.values()):
+        first.setdefault(next(kind for suffix, kind in FILE_FORMATS.items() if suffix in Path(name).suffixes), name)
+    if len(first) > 1:
+        names = " and ".join(Path(name).name for name in first.values())
+        raise ValueError(f"`dataset={folder}` holds {names}, of two formats; put one of them into another folder.")
+    if not first:
+        raise ValueError(f"`dataset={folder}` has no split with a .json, .jsonl or .parquet file; name one file.")
+    return next(iter(first))
 
 
 def _require_dataset(name: str):

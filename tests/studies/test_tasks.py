@@ -90,7 +90,7 @@ def test_a_task_is_the_same_whenever_it_is_made(task):
 
 
 def test_bits_are_none_for_who_knows_the_names_alone_and_all_for_who_knows_the_values():
-    people, values = 20_000, 128
+    people, values = 10_000, 128
     nothing = (math.log(people) + 5 * math.log(values)) / 8
     assert tasks.stored_bits(nothing) == pytest.approx(0, abs=1e-6)
     assert tasks.stored_bits(math.log(people) / 8) == pytest.approx(people * 5 * 7)

@@ -88,7 +88,7 @@ def hops(draw: random.Random, entities: int = 50, relations: int = 10, seen_alon
 
 
 def mano(
-    draw: random.Random, operations: int = 3, modulus: int = 23, train: int = 400_000, validation: int = 500
+    draw: random.Random, operations: int = 3, train: int = 400_000, validation: int = 500, modulus: int = 23
 ) -> Splits:
     """Expressions in prefix notation of one to `operations` operations; in the validation split of the most, and none
     that is in training."""
@@ -113,7 +113,7 @@ def expression(draw: random.Random, operations: int, modulus: int) -> tuple[str,
     return f"{sign} {words} {others}", {"+": a + b, "-": a - b, "*": a * b}[sign] % modulus
 
 
-def capo(draw: random.Random, people: int = 20_000, attributes: int = 5, values: int = 128) -> Splits:
+def capo(draw: random.Random, people: int = 10_000, attributes: int = 5, values: int = 128) -> Splits:
     """Every person's record; the validation split has a tenth of the same records."""
     side = math.isqrt(2 * people)
 
@@ -125,7 +125,7 @@ def capo(draw: random.Random, people: int = 20_000, attributes: int = 5, values:
     return {"train": records, "validation": records[: people // 10]}
 
 
-def stored_bits(validation_loss: float, people: int = 20_000, attributes: int = 5, values: int = 128) -> float:
+def stored_bits(validation_loss: float, people: int = 10_000, attributes: int = 5, values: int = 128) -> float:
     """Bits about the people of `capo` that a model with this loss holds, at least: as if it knew which names occur.
 
     A record has its words and its end as targets: who knows no value spends ln(people) + attributes * ln(values) nats
