@@ -22,6 +22,7 @@ NAMES = {
     "_make_wrapper_subclass": "torch:Tensor._make_wrapper_subclass",
     "_buffers": "torch.nn:Module.named_buffers",
     "_parameters": "torch.nn:Module.named_parameters",
+    "_ddp_params_and_buffers_to_ignore": "torch.nn.parallel:DistributedDataParallel.__init__",
     "_load_from_state_dict": "torch.nn:Module._load_from_state_dict",
     "_apply": "torch.nn:Module._apply",
     "_apply_gate": "transformers.integrations.moe:_default_apply_gate",

@@ -181,11 +181,11 @@ def mean_by_iteration(values: list[list[float]]) -> str:
 
 
 def describe(name: str, result: dict) -> dict:
-    """A result with the mean share of problems that each row's seeds solve."""
-    rows = {
-        row: content | {"solved": statistics.mean(run.get("share_solved") or 0 for run in content["runs"])}
-        for row, content in result["rows"].items()
-    }
+    """A result with the mean share of problems that each row's seeds solve, None where they were asked none."""
+    rows = {}
+    for row, content in result["rows"].items():
+        shares = [run["share_solved"] for run in content["runs"] if run.get("share_solved") is not None]
+        rows[row] = content | {"solved": statistics.mean(shares) if shares else None}
     dial = [
         (row, mean_of(content["runs"], "experts_per_token"), mean_of(content["runs"], "experts_by_loss"))
         for row, content in rows.items()
