@@ -141,9 +141,9 @@ def use() -> str:
             "Where was that measured?",
             "Maths problems: models of 2.9 M and 7 M parameters trained on GSM8K, three to ten seeds, at sizes that "
             "cannot tell numbers of experts apart. Python sources: 0.2 M to 0.5 M parameters, three seeds for chains "
-            "and eight for pools, where four times the experts lower the loss by 0.1. Whether either says anything about larger models is "
-            "open. Peaks, files: the paper's shape, 636 M. Decoding, and what is kept for the backward pass: 2 layers "
-            "of width 256.",
+            "and eight for pools, where four times the experts lower the loss by 0.1. Whether either says anything "
+            "about larger models is open. Peaks, files: the paper's shape, 636 M. Decoding, and what is kept for the "
+            "backward pass: 2 layers of width 256.",
         ),
     )
 
