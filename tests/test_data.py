@@ -336,6 +336,20 @@ def test_the_splits_that_a_folder_declares_are_read(tmp_path):
     assert len(load_documents(DataArguments(dataset=str(tmp_path)))["validation"]) == 9
 
 
+def test_a_configuration_that_a_folder_has_not_is_refused(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", ROWS)
+    with pytest.raises(ValueError, match="'main' not found"):
+        load_documents(DataArguments(dataset=str(tmp_path), dataset_config="main"))
+
+
+def test_a_card_that_cannot_be_read_is_named(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\nNine problems.\n")
+    with pytest.raises(ValueError, match=r"README\.md begins with no YAML that can be read.*Repair or remove it"):
+        load_documents(DataArguments(dataset=str(tmp_path), validation_size=2))
+
+
 def test_files_of_two_formats_are_refused_by_name_unless_they_are_of_no_split(tmp_path):
     for split in ("train", "validation"):
         Dataset.from_list(ROWS).to_parquet(tmp_path / "named" / f"{split}.parquet")

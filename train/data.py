@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.config import HF_DATASETS_CACHE
+from datasets.config import HF_DATASETS_CACHE, REPOCARD_FILENAME, REPOYAML_FILENAME
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, HfApi
@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import pack_dataset
+from yaml import YAMLError
 
 from modeling_coe.train.arguments import DataArguments
 from modeling_coe.train.word_problems import word_problems
@@ -94,7 +95,7 @@ def _read(arguments: DataArguments) -> DatasetDict:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
-    elif files and not _declares_files(path):
+    elif files and arguments.dataset_config is None and not _declares_files(path):
         splits = _files_by_split(path)
         options = {"path": _format(path, splits), "data_files": splits}
     else:
@@ -112,9 +113,18 @@ def _read(arguments: DataArguments) -> DatasetDict:
 
 
 def _declares_files(folder: Path) -> bool:
-    """Whether the folder's README.md says which files are which split, as data sets of the Hub do."""
-    card = folder / "README.md"
-    return card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
+    """Whether the folder says which files are which split, as data sets of the Hub do.
+
+    Raises:
+        ValueError: naming a README.md whose head cannot be read.
+    """
+    card = folder / REPOCARD_FILENAME
+    try:
+        declares = card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
+    except (YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{card} begins with no YAML that can be read: {reason}. Repair or remove it.") from error
+    return declares or (folder / REPOYAML_FILENAME).is_file()
 
 
 def _files_by_split(folder: Path) -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 CURVE = "loss_curve.jsonl"
 # How the names of `routing_health`'s values begin in the metrics of an evaluation.
 ROUTING_HEALTH = tuple(f"eval_{name}" for name in ("router_entropy", "dead", "load_", "pool_", "experts_per_token"))
-ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
+ROUTED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def keep_output_short():
@@ -120,7 +120,7 @@ class RoutingHealth:
         # A dataloader left half-way would stay the active one of Accelerate.
         rows = [dataloader.dataset[row] for row in range(min(self.args.eval_batch_size, len(dataloader.dataset)))]
         batch = self._prepare_inputs(self.data_collator(rows))
-        health = routing_health(self.model, {name: batch[name] for name in ROUTED_INPUTS if name in batch})
+        health = routing_health(self.model, batch)
         output.metrics.update({f"eval_{name}": value for name, value in health.items()})
         return output
 
@@ -135,12 +135,10 @@ def routing_health(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> di
     share that no token chose in any visit, and `pool_imbalance`.
     """
     config = model.config
-    labels = batch.get("labels")
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: batch[name] for name in ROUTED_INPUTS if name in batch}
     with watched_choices(model) as choices:
         logits = model(**inputs, use_cache=False, output_router_logits=True).router_logits
-    names = ("input_ids", "attention_mask", "position_ids")
-    is_token = routed_tokens(config, *(inputs.get(name) for name in names), labels)
+    is_token = routed_tokens(config, *(batch.get(name) for name in (*ROUTED_INPUTS, "labels")))
     keep = torch.ones_like(logits[0][:, 0], dtype=torch.bool) if is_token is None else is_token.reshape(-1).bool()
     chain, N = config.num_iterations, config.num_local_experts
     health, all_loads = {}, []
