@@ -291,7 +291,7 @@ def _select(weight: QuantizedWeight, expert: int | slice) -> QuantizedWeight:
     if weight.dim() != 3 or not isinstance(expert, (int, slice)):
         raise IndexError(
             f"`[{expert}]` does not select whole experts of {weight}: take one integer or slice of the weight of all "
-            "experts, or index its `dequantize()`."
+            "experts, or index its `dequantize()`; `model.dequantize()` makes ordinary weights of all."
         )
     if isinstance(expert, int) and expert in weight.slices:
         return weight.slices[expert]

@@ -651,6 +651,19 @@ def test_experts_are_selected_by_integers_and_slices(bits):
         weight[0][0]
 
 
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_embeddings_in_8_bits_resize_after_the_model_is_dequantized(mean_resizing, folder):
+    model = load(folder / "CoE", 4, 32, 8)
+    with torch.no_grad():
+        expected = model(tokens(2, 5)).logits
+        with pytest.raises((IndexError, NotImplementedError), match=r"`model.dequantize\(\)` makes ordinary weights"):
+            model.resize_token_embeddings(103, mean_resizing=mean_resizing)
+        assert torch.equal(model(tokens(2, 5)).logits, expected)
+        model = model.dequantize()
+        model.resize_token_embeddings(103, mean_resizing=mean_resizing)
+        torch.testing.assert_close(model(tokens(2, 5)).logits[..., :99], expected, atol=2e-2, rtol=2e-2)
+
+
 def test_safetensors_alone_refuses_to_save_few_bits(folder, tmp_path):
     model = load(folder / "CoE", 8)
     with pytest.raises(
