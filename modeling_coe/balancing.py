@@ -55,7 +55,7 @@ class RouterBalance:
 
     def __init__(self, model: nn.Module, rate: float = 1e-3):
         self.rate = _positive(rate)
-        self.is_counting, self.token_weight = False, None
+        self.opened_by, self.is_counting, self.token_weight = None, False, None
         self.routers = {name: module for name, module in model.named_modules() if _bias(module) is not None}
         if not self.routers:
             raise ValueError(
@@ -86,8 +86,10 @@ class RouterBalance:
                 self.hooks.append(module.register_forward_hook(partial(self._count_chain, name)))
         counted = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
         self.config = getattr(counted, "config", None)
-        self.hooks.append(counted.register_forward_pre_hook(self._start, with_kwargs=True))
-        self.hooks.append(counted.register_forward_hook(self._stop))
+        # Losses of their own call the model below the head, which the head calls as well.
+        for module in {counted, getattr(counted, "base_model", counted)}:
+            self.hooks.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(self._stop))
 
     @torch.no_grad()
     def step(self):
@@ -109,9 +111,13 @@ class RouterBalance:
             # N times the mean's excess over an expert, in whole numbers, so that all ranks find the same sign.
             bias[:, :N] += self.rate * torch.sign(experts.sum(-1, keepdim=True) - N * experts)
             if null > 0:
+                # Where an extreme budget had put them, no step would lead back.
+                if self.config.expert_budget not in (module.smallest_expert_budget, module.top_k):
+                    bias[:, N:].nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
                 wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.float)
                 bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)
             counts.zero_()
+        self.opened_by = None  # after a forward pass that raised an error
 
     def remove(self):
         """Stops counting."""
@@ -120,14 +126,18 @@ class RouterBalance:
         for hook in self.hooks:
             hook.remove()
 
-    # The model's forward pass opens and closes the count: gradient checkpointing repeats layers after its end.
+    # A forward pass opens and closes the count: gradient checkpointing repeats layers after its end.
     def _start(self, model: nn.Module, args: tuple, kwargs: dict):
+        if self.opened_by not in (None, model) and any(module is model for module in self.opened_by.modules()):
+            return  # the head, which knows the labels, calls the model below it
+        self.opened_by = model
         self.is_counting = model.training and torch.is_grad_enabled()
         inputs = dict(zip(COUNTED_BY[:3], args, strict=False)) | kwargs
         self.token_weight = routed_tokens(self.config, *(inputs.get(name) for name in COUNTED_BY))
 
     def _stop(self, model: nn.Module, args: tuple, output: object):
-        self.is_counting, self.token_weight = False, None
+        if self.opened_by is model:
+            self.opened_by, self.is_counting, self.token_weight = None, False, None
 
     def _count_chain(self, name: str, gate: CoETopKRouter, args: tuple, output: tuple):
         if self.is_counting:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from .configuration_coe import CoEConfig
+from .quantization import block_rows
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -326,7 +327,7 @@ class ServingSetup:
         expert_bits: of the experts' weights, 8 or 4; None leaves them in `dtype`.
         rest_bits: 8 for attention, embeddings, shared expert and head; None leaves them.
         group_size: 4-bit weights that share a scale.
-        on_cpu: 4-bit weights lie as torch's CPU kernel wants them, which keeps a zero beside every scale.
+        on_cpu: 4-bit weights lie as torch's CPU kernel wants them: whole blocks of rows, a zero beside every scale.
     """
 
     batch_size: int = 1
@@ -336,6 +337,19 @@ class ServingSetup:
     rest_bits: int | None = None
     group_size: int = 32
     on_cpu: bool = True
+
+    def __post_init__(self):
+        for name, known in (
+            ("dtype", BYTES),
+            ("expert_bits", (None, 8, 4)),
+            ("rest_bits", (None, 8)),
+            ("group_size", (32, 64)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {tuple(known)}.")
+        for name in ("batch_size", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
 
 
 def weight_bytes(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
@@ -348,7 +362,10 @@ def weight_bytes(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:
     scales = {"attention": L * (Q + 2 * D + H), "embedding": V, "lm_head": V, "shared_expert": L * (2 * W + H)}
     scales["experts"] = pools * N * (2 * I + H)
     if setup.expert_bits == 4:
-        scales["experts"] = counts["experts"] // setup.group_size * (2 if setup.on_cpu else 1)
+        block = block_rows() if setup.on_cpu else 0
+        if block:
+            counts["experts"] = pools * N * sum((O + -O % block) * C for O, C in ((2 * I, H), (H, I)))
+        scales["experts"] = counts["experts"] // setup.group_size * (2 if block else 1)
     sizes = {}
     for component, count in counts.items():
         bits = setup.expert_bits if component == "experts" else setup.rest_bits if component in scales else None

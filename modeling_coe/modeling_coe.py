@@ -121,10 +121,11 @@ class CoETopKRouter(nn.Module):
         num_outputs = config.num_local_experts + config.num_null_experts
         self.weight = nn.Parameter(torch.empty(num_routers, num_outputs, config.hidden_size))
         # CODEPATH: models balanced by a bias have one, those balanced by a loss do not
-        bias = torch.zeros(num_routers, num_outputs) if config.router_bias else None
+        bias = torch.zeros(num_routers, num_outputs, dtype=torch.float32) if config.router_bias else None
         self.e_score_correction_bias = None if bias is None else nn.Buffer(bias)
+        shape = (num_routers, BUDGET_STEPS)
         # CODEPATH: the null experts' bias for budgets from the smallest to K in equal steps, 0 until it is calibrated
-        table = torch.zeros(num_routers, BUDGET_STEPS) if config.num_null_experts else None
+        table = torch.zeros(shape, dtype=torch.float32) if config.num_null_experts else None
         self.null_bias_of_budget = None if table is None else nn.Buffer(table)
 
     def forward(
@@ -585,8 +586,9 @@ class CoEPreTrainedModel(PreTrainedModel):
             loading_info["missing_keys"] or loading_info["unexpected_keys"]
         ):
             cls._compare_with_configuration(loading_info, model.config, pretrained_model_name_or_path, **kwargs)
-        if kwargs.get("expert_budget") is not None and model._is_calibrated():
-            model.set_expert_budget(kwargs["expert_budget"])
+        # CODEPATH: the biases of null experts belong to the budget that the checkpoint was saved with
+        if pretrained_model_name_or_path is not None and model.config.num_null_experts > 0:
+            model._move_to_configured_budget(pretrained_model_name_or_path, **kwargs)
         if model.can_generate():
             model._warn_of_impossible_ends(pretrained_model_name_or_path)
         return (model, loading_info) if output_loading_info else model
@@ -624,6 +626,11 @@ class CoEPreTrainedModel(PreTrainedModel):
         prefix = f"{cls.base_model_prefix}."
         lost = set(announced.state_dict()) & set(loading_info["missing_keys"])
         lost -= {key for key, *_ in loading_info["mismatched_keys"]}
+        if stored.tie_word_embeddings and (untied := lost & set(announced.all_tied_weights_keys)):
+            raise ValueError(
+                f"`tie_word_embeddings=False` asks for {_few(untied)} of its own, and in `{path}` it is tied to the "
+                "embedding: load the checkpoint as it is."
+            )
         architectures = set(stored.architectures or ()) & set(__all__)
         # A checkpoint that does not say what it is may lack the head of a task, but no language model's.
         may_lack_head = cls.__name__ not in architectures and (
@@ -644,6 +651,32 @@ class CoEPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"`{path}` holds {len(dropped)} tensors that its configuration does not announce: {_few(dropped)}. "
                 "Without them the model would compute something else: restore its config.json."
+            )
+
+    def _move_to_configured_budget(self, path: str, **kwargs):
+        """What the caller changed in the configuration, from which the Auto classes take `expert_budget=...` too."""
+        try:
+            stored = self.config_class.from_dict(self.config_class.get_config_dict(path, **kwargs)[0])
+        except OSError:  # an adapter's folder has no configuration
+            return
+        asked, top_k = self.config.expert_budget, self.config.num_experts_per_tok
+        if top_k != stored.num_experts_per_tok and self._is_calibrated():
+            for gate in self._routers():
+                gate.null_bias_of_budget.zero_()
+            logger.warning(
+                f"The budgets of `{path}` are calibrated for `num_experts_per_tok={stored.num_experts_per_tok}` and "
+                f"do not hold for {top_k}: call `modeling_coe.balancing.calibrate_expert_budget(model, batches)` "
+                "again."
+            )
+        if asked == stored.expert_budget:
+            return
+        if self._is_extreme(asked) or self._is_calibrated():
+            self.set_expert_budget(asked)
+        else:
+            logger.warning(
+                f"`expert_budget={asked}` is not calibrated in `{path}`, whose routers go on as with "
+                f"{stored.expert_budget}: train with `modeling_coe.balancing`, which moves them there, or call "
+                "`calibrate_expert_budget(model, batches)` and `model.set_expert_budget(...)`."
             )
 
     def _warn_of_impossible_ends(self, path: str):
@@ -742,14 +775,17 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     def _check_expert_budget(self, expert_budget: float):
         self.config.check_expert_budget(expert_budget)
-        is_extreme = expert_budget in (self.config.smallest_expert_budget, self.config.num_experts_per_tok)
-        if is_extreme or torch.compiler.is_compiling():
+        if self._is_extreme(expert_budget) or torch.compiler.is_compiling():
             return
         if not self._is_calibrated():
             raise ValueError(
                 f"`expert_budget={expert_budget}` is not calibrated in this model: call "
                 "`modeling_coe.balancing.calibrate_expert_budget(model, batches)` once, and save the model."
             )
+
+    def _is_extreme(self, expert_budget: float) -> bool:
+        """Which any model can hold: all null experts that there are, or none."""
+        return expert_budget in (self.config.smallest_expert_budget, self.config.num_experts_per_tok)
 
     def _is_calibrated(self) -> bool:
         # PEFT keeps the router that it trains a copy of: that one stays as it was.
@@ -791,8 +827,8 @@ class CoEModel(CoEPreTrainedModel):
         super().__init__(config)
         if config.model_type != CoEConfig.model_type:
             raise ValueError(
-                f"`config` is a {type(config).__name__}, and a CoE is built from a CoEConfig; `modeling_coe.upcycle` "
-                "converts checkpoints of other models."
+                f"The configuration has `model_type={config.model_type!r}`, and a CoE is built from one with "
+                f"{CoEConfig.model_type!r}; `modeling_coe.upcycle` converts checkpoints of other models."
             )
         config.check()
         config.check_pad_token()
@@ -955,6 +991,8 @@ def routed_tokens(
         return attention_mask
     if position_ids is None or labels is None or input_ids is None or config.pad_token_id is None:
         return None
+    if labels.shape != input_ids.shape:  # of whole texts, not of tokens
+        return None
     padding = (input_ids == config.pad_token_id) & (labels.to(input_ids.device) == -100)
     return 1 - padding.long().flip(-1).cumprod(-1).flip(-1)
 
@@ -1032,6 +1070,24 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
 
         # Initialize weights and apply final processing
         self.post_init()
+
+    def generate(self, *args, expert_budget: float | None = None, **kwargs):
+        if expert_budget is not None:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(
+                    f"`expert_budget={expert_budget}` would reach the `assistant_model` as well; call "
+                    f"`model.set_expert_budget({expert_budget})` before."
+                )
+            kwargs["expert_budget"] = expert_budget
+        return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args, expert_budget: float | None = None, **kwargs):
+        if expert_budget is not None:
+            raise ValueError(
+                f"`expert_budget={expert_budget}` does not reach a continuous batch; call "
+                f"`model.set_expert_budget({expert_budget})` before."
+            )
+        return super().generate_batch(*args, **kwargs)
 
     @can_return_tuple
     @auto_docstring

@@ -82,7 +82,7 @@ class QuantizedWeight(torch.Tensor):
         """Laid out for this CPU's kernels: 4 bits in blocks of rows; 8 bits at an address that a mapped file lacks."""
         if self.bits == 8 and self.device.type == "cpu":
             self.values = _aligned(self.values)
-        rows, block = self.shape[-2], _block_rows() if self.device.type == "cpu" and _has_kernel(self) else 0
+        rows, block = self.shape[-2], block_rows() if self.device.type == "cpu" and _has_kernel(self) else 0
         if self.bits == 8 or self.block == block:
             return self
         if self.block:
@@ -222,7 +222,7 @@ def _as_bytes(integers: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _block_rows() -> int:
+def block_rows() -> int:
     """Rows of a block of the CPU kernel for 4 bits: 64 with AVX-512, 32 with AVX2, 0 where it knows no blocks."""
     numbered = torch.arange(4, dtype=torch.int32).repeat_interleave(16)[:, None].expand(64, 32).contiguous()
     # Of the two rows in the first byte, the second is half a block further down.
@@ -457,7 +457,7 @@ class ExpertsQuantizer(HfQuantizer):
             return width
         if self.bits[param_name] == 8:
             return 1 + width / param.shape[-1]
-        group_size, rows, block = self.quantization_config.group_size, param.shape[-2], _block_rows()
+        group_size, rows, block = self.quantization_config.group_size, param.shape[-2], block_rows()
         if block == 0:
             return 0.5 + width / group_size
         return (0.5 + 2 * width / group_size) * (rows + -rows % block) / rows

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_coe import CoEForCausalLM
+from modeling_coe import CoEForCausalLM, CoEForSequenceClassification
 from modeling_coe.balancing import BIAS, RouterBalance, RouterBiasCallback, calibrate_expert_budget
 
 
@@ -103,6 +103,27 @@ def test_micro_batches_add_up_and_padding_and_evaluation_do_not_count():
     balance.remove()
     model.train()(ids)
     assert torch.equal(counts_of(balance), whole)
+
+
+def test_a_loss_of_one_s_own_on_the_model_below_the_head_counts_once():
+    model = build(**BIASED).train()
+    balance, ids = RouterBalance(model, rate=1e-12), tokens(2, 8)
+    model(ids, labels=ids)
+    expected = counts_of(balance)
+    for call in (lambda: model.model(input_ids=ids), lambda: model(ids), lambda: model.model(input_ids=ids)):
+        balance.step()
+        with pytest.raises(ValueError, match="holds no token"):  # leaves nothing open that the next would go by
+            model(ids[:, :0])
+        balance.step()
+        call()
+        assert torch.equal(counts_of(balance), expected)
+
+
+def test_labels_of_whole_texts_tell_no_padding():
+    classifier = CoEForSequenceClassification(build(**BIASED).config).train()
+    balance, ids = RouterBalance(classifier), tokens(2, 8)
+    classifier(input_ids=ids, position_ids=torch.arange(8)[None], labels=torch.tensor([0, 1]))
+    assert counts_of(balance).sum(-1).unique().tolist() == [16 * classifier.config.num_experts_per_tok]
 
 
 def test_packed_rows_count_without_their_padding():

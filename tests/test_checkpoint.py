@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    MixtralConfig,
 )
 
 import modeling_coe
@@ -229,6 +230,22 @@ def test_what_the_caller_adds_to_a_checkpoint_is_new_and_not_lost(model, tmp_pat
     assert len(info["mismatched_keys"]) == 2 * 3
     config = AutoConfig.from_pretrained(tmp_path, num_hidden_layers=3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, config=config).config.num_hidden_layers == 3
+
+
+def test_a_head_of_its_own_that_a_tied_checkpoint_has_not_is_refused_as_such(tmp_path):
+    build(tie_word_embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`tie_word_embeddings=False` asks for lm_head\.weight of its own"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+
+
+def test_another_model_s_checkpoint_is_named_by_its_type(tmp_path):
+    config = MixtralConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model_type='mixtral'`, and a CoE is built from one with 'coe'"):
+        modeling_coe.CoEForCausalLM.from_pretrained(tmp_path)
 
 
 def test_threads_that_load_at_once_each_get_the_whole_model(tmp_path):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import assert_compiled_and_exported_equal_eager, assert_equals_the_naive_decoder, build, tokens
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_coe
 from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, downcycle, experts_coe, lora_config
@@ -187,6 +188,66 @@ def test_a_budget_that_was_set_is_saved_and_is_that_of_a_call(tmp_path):
     torch.testing.assert_close(asked(ids).logits, model(ids).logits)
 
 
+LOADERS = {
+    "the class": lambda path, **changed: CoEForCausalLM.from_pretrained(path, **changed),
+    "the Auto class": lambda path, **changed: AutoModelForCausalLM.from_pretrained(path, **changed),
+    "a configuration": lambda path, **changed: CoEForCausalLM.from_pretrained(
+        path, config=AutoConfig.from_pretrained(path, **changed)
+    ),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_budget_that_is_asked_for_when_loading_is_computed(loader, tmp_path, caplog):
+    model = with_null_experts(expert_budget=1.0)
+    model.save_pretrained(tmp_path / "uncalibrated")
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model.save_pretrained(tmp_path / "calibrated")
+    ids = tokens(2, 9)
+    for budget in (0, 0.5, 2):
+        loaded = LOADERS[loader](tmp_path / "calibrated", expert_budget=budget)
+        assert loaded.config.expert_budget == budget
+        torch.testing.assert_close(loaded(ids).logits, model(ids, expert_budget=budget).logits)
+    loaded = LOADERS[loader](tmp_path / "uncalibrated", expert_budget=2)
+    torch.testing.assert_close(loaded(ids).logits, model(ids, expert_budget=2).logits)
+    assert not caplog.records
+    loaded = LOADERS[loader](tmp_path / "uncalibrated", expert_budget=0.5)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert "`expert_budget=0.5` is not calibrated in" in caplog.text
+
+
+def test_budgets_calibrated_for_another_number_of_experts_are_forgotten(tmp_path, caplog):
+    model = with_null_experts(expert_budget=1.0)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1)
+    assert "calibrated for `num_experts_per_tok=2` and do not hold for 1: call" in caplog.text
+    with pytest.raises(ValueError, match=r"`expert_budget=0\.5` is not calibrated"):
+        loaded(tokens(1, 4), expert_budget=0.5)
+
+
+def test_training_leads_back_from_an_extreme_budget():
+    model = with_null_experts(expert_budget=1.0)
+    model.set_expert_budget(2)
+    model.config.expert_budget = 1.0
+    balance, ids = RouterBalance(model.train(), rate=0.05), tokens(4, 32)
+    for _ in range(40):
+        model(ids, labels=ids)
+        balance.step()
+    assert abs(experts_per_token(model.eval(), ids).float().mean() - 1) < 0.3
+
+
+def test_budgets_of_a_call_that_would_go_astray_are_refused():
+    model, ids = with_null_experts(), tokens(1, 4)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    with pytest.raises(
+        ValueError, match=r"reach the `assistant_model` as well; call `model.set_expert_budget\(0.5\)`"
+    ):
+        model.generate(ids, assistant_model=build(), expert_budget=0.5, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"a continuous batch; call `model.set_expert_budget\(0.5\)`"):
+        model.generate_batch(ids.tolist(), expert_budget=0.5)
+
+
 def test_padding_does_not_count_in_the_calibration():
     ids, mask = tokens(4, 32), torch.ones(4, 64, dtype=torch.long)
     mask[:, 32:] = 0
@@ -209,6 +270,13 @@ def test_the_documents_of_a_packed_row_do_not_see_each_other_in_the_calibration(
         calibrate_expert_budget(model, [batch])
         tables.append(model._routers()[1].null_bias_of_budget)
     torch.testing.assert_close(tables[1], tables[0], rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_a_new_model_are_in_full_precision():
+    config = with_null_experts().config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert {buffer.dtype for gate in model._routers() for buffer in gate.buffers()} == {torch.float32}
+    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

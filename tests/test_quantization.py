@@ -157,7 +157,7 @@ def test_a_quantised_weight_is_the_nearest_one_of_its_bits(bits, group_size):
     expected = torch.stack([rounded(matrix, bits, group_size) for matrix in weight])
     assert difference(quantised.dequantize(), expected) <= 1e-6
     assert torch.equal(quantised.unpack().dequantize(), quantised.dequantize())
-    assert quantised.block == (quantization._block_rows() if bits == 4 else 0)
+    assert quantised.block == (quantization.block_rows() if bits == 4 else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -465,6 +465,21 @@ def test_serving_plan_counts_the_bytes_of_weights_and_cache(model, options, fold
     cache = model(tokens(2, 7), use_cache=True).past_key_values
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert serving_memory(model.config, setup)["cache"] == kept
+
+
+def test_serving_plan_counts_the_rows_that_fill_a_block(tmp_path):
+    build(**SIZES | {"hidden_size": 96}).save_pretrained(tmp_path)
+    model = load(tmp_path, 4, 32, dtype="bfloat16")
+    assert sum(weight_bytes(model.config, ServingSetup(expert_bits=4)).values()) == held_bytes(model)
+
+
+@pytest.mark.parametrize(
+    "option", [{"dtype": "fp16"}, {"expert_bits": 3}, {"rest_bits": 4}, {"group_size": 16}, {"length": 0}]
+)
+def test_setups_of_serving_that_do_not_exist_are_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}={option[name]!r}` must be"):
+        ServingSetup(**option)
 
 
 def test_a_decoded_token_reads_what_its_visits_hit():
