@@ -275,6 +275,11 @@ def test_a_model_without_a_name_and_a_file_in_its_place_are_refused(script, name
         script.main([*recipe, name])
 
 
+def test_a_plan_to_serve_more_than_the_context_is_refused(chain):
+    with pytest.raises(ValueError, match="`sequence_length=4096` exceeds the context of"):
+        plan.main(["--model", str(chain), "--serve", "1x4096", "--ram", "8GB"])
+
+
 def test_a_plan_to_serve_reads_the_same_files(chain):
     (chain / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):

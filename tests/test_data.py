@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
 from modeling_coe import CoEConfig, CoEForCausalLM
@@ -492,9 +492,42 @@ def test_a_tokenizer_that_begins_with_nothing_is_given_a_template_that_does_too(
 
 def test_only_conversations_go_by_the_template(tokenizer, tmp_path):
     own, none = with_template(tokenizer, OWN_TEMPLATE), with_template(tokenizer, None)
-    for row in (ROWS[0], {"prompt": "p", "completion": "c"}, {"text": "t"}):
+    for row in ({"prompt": "p", "completion": "c"}, {"text": "t"}):
         assert load_rows(tmp_path, [row], own) == load_rows(tmp_path, [row], none) == load_rows(tmp_path, [row])
-    assert none.chat_template is None
+    assert none.chat_template is None and own.chat_template == OWN_TEMPLATE
+
+
+@pytest.mark.parametrize("template", [None, OWN_TEMPLATE])
+def test_questions_and_answers_are_asked_in_their_own_layout_afterwards(template, tokenizer, tmp_path, capsys):
+    other = with_template(tokenizer, template)
+    document = load_rows(tmp_path, [{"question": "2+2?", "answer": "4"}], other)
+    asked = other.apply_chat_template([{"role": "user", "content": "2+2?"}], tokenize=False)
+    assert asked == "<bos>" + document["prompt"]
+    assert ("chat template: it is replaced" in capsys.readouterr().out) == (template is not None)
+
+
+def test_the_prompt_comes_first_in_whatever_order_the_columns_are(tmp_path):
+    row = load_rows(tmp_path, [{"completion": "c", "prompt": "p"}])
+    assert list(row.items()) == [("prompt", "p"), ("completion", "c")]
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "weight"])
+def test_what_a_message_says_beside_its_content_is_not_dropped_in_silence(name, tokenizer, tmp_path):
+    user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    with pytest.raises(ValueError, match=f"has a message with `{name}=1`"):
+        load_rows(tmp_path, [{"messages": [user, reply | {name: 1}]}], tokenizer)
+    with pytest.raises(ValueError, match="has a column `tools`"):
+        load_rows(tmp_path, [{"messages": [user, reply], "tools": [{"name": "add"}]}], tokenizer)
+    assert load_rows(tmp_path, [{"messages": [user, reply | {name: None}], "tools": None}], tokenizer)
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path):
+    rows = Dataset.from_list([{"text": f"text {n}"} for n in range(4)])
+    rows.save_to_disk(tmp_path / "rows")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
+    read = load_documents(DataArguments(dataset=str(tmp_path / "rows"), validation_size=1))
+    assert {split: len(documents) for split, documents in read.items()} == {"train": 3, "validation": 1}
+    assert load_documents(DataArguments(dataset=str(tmp_path / "splits")))["validation"]["text"] == ["text 0"]
 
 
 @pytest.mark.parametrize(

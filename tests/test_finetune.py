@@ -17,7 +17,7 @@ from modeling_coe import CoEConfig, CoEForCausalLM, QuantizedExpertsConfig, lora
 from modeling_coe.balancing import calibrate_expert_budget
 from modeling_coe.budget import TrainingSetup, count_parameters, largest_micro_batch, training_memory
 from modeling_coe.routing import record_routing
-from modeling_coe.train import arguments, eval_lm, finetune, plan, publish, upcycle
+from modeling_coe.train import arguments, eval_lm, finetune, generate, plan, publish, upcycle
 from modeling_coe.train.arguments import (
     CheckpointArguments,
     DataArguments,
@@ -98,6 +98,34 @@ def test_fine_tuning_lowers_the_validation_loss_and_writes_facts(whole_run):
     assert facts["trained_parameters"] == {"all": CoEForCausalLM.from_pretrained(whole_run).num_parameters()}
     assert facts["learning_rate"] == 0.01 and {"torch", "transformers"} <= facts["versions"].keys()
     assert AutoConfig.from_pretrained(whole_run).use_cache
+
+
+@pytest.mark.parametrize("option", [{"chat_template_path": "t.jinja"}, {"model_init_kwargs": '{"dtype": "bfloat16"}'}])
+def test_options_of_trl_that_would_have_no_effect_are_refused(option, checkpoint, tmp_path):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}=.*would have no effect here"):
+        finetune.main(command(checkpoint, tmp_path / "run", **option))
+
+
+@pytest.mark.parametrize("option", [{"router_aux_loss_coef": 5}, {"shuffle_dataset": True}])
+def test_a_run_does_not_go_on_with_another_option_of_trl(option, checkpoint, tmp_path):
+    finetune.main(command(checkpoint, tmp_path / "run", max_steps=2))
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"holds a run with `training\.{name}="):
+        finetune.main(command(checkpoint, tmp_path / "run", max_steps=4, **option))
+
+
+@pytest.mark.parametrize("template", [None, "<|{{ messages[0]['content'] }}|>"])
+def test_a_question_is_asked_in_the_layout_of_the_chat_template(template, whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(whole_run)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "run")
+    if template is None:
+        (tmp_path / "run" / "chat_template.jinja").unlink()
+    capsys.readouterr()
+    generate.main(["--model", str(tmp_path / "run"), "--question", "1+1?", "--max_new_tokens", "1"])
+    assert capsys.readouterr().out.startswith("Question: 1+1?\nAnswer:" if template is None else "<|1+1?|>")
 
 
 def test_the_result_names_which_loss_is_of_the_answers(whole_run, capsys):

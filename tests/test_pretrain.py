@@ -64,6 +64,48 @@ def whole_run(preset, tmp_path_factory):
     return output
 
 
+def test_dropping_the_last_batch_drops_none_of_the_validation(preset, tmp_path):
+    losses, changes = [], {"max_steps": 1, "warmup_steps": 0, "save_steps": 2, "scored_problems": 0}
+    for drop in (False, True):
+        changes |= {"per_device_eval_batch_size": 8, "dataloader_drop_last": drop}
+        pretrain.main(options(preset, tmp_path / str(drop), **changes))
+        losses.append(json.loads((tmp_path / str(drop) / "facts.json").read_text())["validation_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_facts_of_other_weights_do_not_outlive_them(preset, tmp_path, monkeypatch):
+    pretrain.main(options(preset, tmp_path / "run", max_steps=4, scored_problems=0))
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["steps"] == 4
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "write_results", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(options(preset, tmp_path / "run", max_steps=8, scored_problems=0))
+    assert not (tmp_path / "run" / "facts.json").exists()
+    pretrain.main(options(preset, tmp_path / "run", max_steps=8, scored_problems=0))
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"prediction_loss_only": True},
+        {"label_names": "foo"},
+        {"eval_accumulation_steps": 0},
+        {"batch_eval_metrics": True},
+        {"include_num_input_tokens_seen": "no"},
+    ],
+)
+def test_options_that_leave_no_result_are_refused_before_training(option, preset, tmp_path):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}="):
+        pretrain.main(options(preset, tmp_path / "run", **option))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_leaves_a_model_that_loads_its_tokenizer_its_curve_and_its_facts(whole_run):
     model = AutoModelForCausalLM.from_pretrained(whole_run)
     tokenizer = AutoTokenizer.from_pretrained(whole_run)

@@ -98,7 +98,7 @@ def test_a_folder_has_one_process_at_a_time_and_none_after_a_kill(tmp_path):
             os.read(wait[0], 1)
         os._exit(0)
     os.read(ready[0], 1)
-    for hold in (run_folder(folder, "user/model"), result_folder(folder)):
+    for hold in (run_folder(folder, "user/model"), result_folder(folder, ("facts.json",))):
         with pytest.raises(OSError, match=rf"output_dir={folder}.*process {child} on .*wait for it"), hold:
             pass
     os.kill(child, signal.SIGKILL)
@@ -293,9 +293,41 @@ def test_no_file_of_somebody_else_is_removed_emptied_or_followed(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / ".thesis.partial").write_text("mine")
-    with result_folder(folder):
+    with result_folder(folder, ("facts.json",)):
         pass
     assert (folder / ".thesis.partial").read_text() == (thesis / "chapter.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("script", "names"), [(eval_lm, ["samples.json"]), (show_routing, ["load.png", "routing.json"])]
+)
+def test_results_replace_earlier_results_and_nothing_else(script, names, model, tmp_path):
+    command = [*SCRIPTS[script], "--model", str(model), "--validation_problems", "4", "--sequence_length", "64"]
+    command += ["--output_dir", str(tmp_path / "results")]
+    command += ["--scored_problems", "1", "--max_new_tokens", "2"] if script is eval_lm else []
+    for name in names:
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / name).write_text('["my own work"]')
+    with pytest.raises(ValueError, match=rf"holds .*{names[0]}.*, which no earlier run of this script wrote"):
+        script.main(command)
+    assert {path.read_text() for path in (tmp_path / "results").iterdir()} == {'["my own work"]'}
+    for name in names:
+        (tmp_path / "results" / name).unlink()
+    (tmp_path / "results" / "notes.txt").write_text("mine")
+    script.main(command)
+    before = content(tmp_path / "results")
+    script.main(command)
+    assert content(tmp_path / "results").keys() == before.keys() > {"notes.txt", *names}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_nothing_is_written_among_the_documents(script, model, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "w5 w6"}\n')
+    command = [*SCRIPTS[script], "--model", str(model), "--dataset", str(tmp_path), "--output_dir"]
+    for output in (tmp_path, tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"`output_dir={output}` (is or is inside `dataset=|holds train\.jsonl)"):
+            script.main([*command, str(output)])
+    assert content(tmp_path).keys() == {"train.jsonl"}
 
 
 def test_another_programs_run_json_makes_no_run(tmp_path):

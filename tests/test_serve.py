@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build, whitespace_tokenizer
+from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
 import modeling_coe
@@ -352,6 +353,24 @@ def test_a_checkpoint_without_a_chat_template_names_the_other_call(engine):
     engine.tokenizer.chat_template = None
     with pytest.raises(serve.RequestValidationError, match="/v1/completions"):
         engine.render([message])
+
+
+def test_an_answer_in_a_chat_begins_without_the_space_that_the_layout_puts_before_it(engine, monkeypatch):
+    async def answer(*args):
+        for piece in ("", " 4", " apples"):
+            yield piece
+        yield 3, "stop"
+
+    monkeypatch.setattr(engine, "answer", answer)
+    client = TestClient(serve.build_app(engine, ["*"]))
+    asked = {"model": engine.name, "messages": [{"role": "user", "content": "w5"}]}
+    whole = client.post("/v1/chat/completions", json=asked).json()
+    assert whole["choices"][0]["message"]["content"] == "4 apples"
+    stream = client.post("/v1/chat/completions", json=asked | {"stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "4 apples"
+    text = client.post("/v1/completions", json={"model": engine.name, "prompt": "w5"}).json()
+    assert text["choices"][0]["text"] == " 4 apples"
 
 
 def test_a_mistyped_folder_is_named_at_once():

@@ -229,6 +229,9 @@ class PretrainArguments(TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        for name in ("prediction_loss_only", "label_names"):
+            if value := getattr(self, name):
+                raise ValueError(f"`{name}={value}` would leave no validation loss of every token. Leave it out.")
         super().__post_init__()
         check_schedule(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
@@ -270,6 +273,12 @@ class FinetuneArguments(SFTConfig):
         for name, ours in {"max_length": "sequence_length", "dataset_text_field": "text_column"}.items():
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}={getattr(self, name)}` is TRL's name; set `{ours}` instead.")
+        for name, remedy in {
+            "chat_template_path": "save a tokenizer with that chat template, and name it with `tokenizer`",
+            "model_init_kwargs": "set `dtype` itself, or save the model with another configuration",
+        }.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}={getattr(self, name)}` would have no effect here: {remedy}.")
         self.dataset_text_field = "text"
         check_values(self)
         super().__post_init__()
@@ -286,6 +295,7 @@ REFUSED = {
     "save_only_model": "a run that was killed could not continue as if nothing had happened",
     "ignore_data_skip": "a resumed run would see the first documents again",
     "push_to_hub": "coe-publish uploads a finished run",
+    "batch_eval_metrics": "the validation loss is computed over all batches at once",
 }
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -303,6 +313,7 @@ LEAST = {
     "num_train_epochs": 0,
     "seed": 0,
     "data_seed": 0,
+    "eval_accumulation_steps": 1,
 }
 
 
@@ -312,6 +323,10 @@ def check_values(training: TrainingArguments):
         if getattr(training, name):
             raise ValueError(f"`{name}=True` is not supported: {reason}. Leave it out.")
     require_least(training, LEAST)
+    if (seen := training.include_num_input_tokens_seen) in (False, "no"):
+        raise ValueError(
+            f"`include_num_input_tokens_seen={seen}`: the loss curve counts them; take `all` or `non_padding`."
+        )
     if training.max_steps == 0 or training.max_steps < -1:
         raise ValueError(f"`max_steps={training.max_steps}` must be at least 1; leave it out to train whole epochs.")
     if training.max_steps == -1 and training.num_train_epochs == 0:

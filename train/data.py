@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE, REPOCARD_FILENAME, REPOYAML_FILENAME
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
@@ -40,6 +40,8 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'user' %}Question: {{ content }}\nAnswer:"
     "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
+# What a message can say beside its content, and no layout here shows.
+UNSEEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
 LONGEST_CUT = 200
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -53,7 +55,8 @@ def load_documents(
     validation the test split takes its place; without either, the last `validation_size` of the shuffled documents do.
 
     Conversations are laid out by the tokenizer's chat template. A tokenizer without one is given that of questions and
-    answers, so that whoever asks the saved model does it in the layout of its training.
+    answers, and so is every tokenizer if the documents are questions and answers: whoever asks the saved model does it
+    in the layout of its training.
 
     Raises:
         ValueError: an empty or missing split, missing columns, or a chat template that does not fit a conversation.
@@ -85,6 +88,9 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(f"`dataset={path}` is a link to {path.readlink()}, which is not there; name another file.")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
+        saved = load_from_disk(arguments.dataset)
+        return saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
     if path.is_dir():
         # As deep as configuration/split/file; the root of a disk would be searched for hours.
         levels = [] if path.resolve().parent == path.resolve() else ["*", "*/*", "*/*/*"]
@@ -249,14 +255,29 @@ def _lay_out(
     for columns, lay_out in layouts.items():
         if set(columns) <= set(names):
             is_chat = lay_out is from_messages or (lay_out is from_prompt and isinstance(documents[0]["prompt"], list))
-            if is_chat and tokenizer is not None and tokenizer.chat_template is None:
-                tokenizer.chat_template = _beginning(tokenizer) + CHAT_TEMPLATE
-            return documents.map(lay_out, with_indices=True, remove_columns=names, desc=f"Reading {split}")
+            if is_chat and any(documents["tools"] if "tools" in names else ()):
+                raise ValueError(
+                    f"The {split} split has a column `tools`, and answers that call tools are not trained; remove it."
+                )
+            if tokenizer is not None:
+                _give_template(tokenizer, replace=lay_out is from_pair, add=is_chat)
+            rows = documents.map(lay_out, with_indices=True, remove_columns=names, desc=f"Reading {split}")
+            # In this order, whatever that of the file's columns was.
+            return rows.select_columns([name for name in ("prompt", "completion", "text") if name in rows.features])
     wanted = ", nor ".join(" and ".join(f"`{name}`" for name in columns) for columns in layouts)
     raise ValueError(
         f"The {split} split has the columns {names}, not {wanted}; name them with `text_column`, or `question_column` "
         "and `answer_column`."
     )
+
+
+def _give_template(tokenizer: PreTrainedTokenizerBase, replace: bool, add: bool):
+    """The layout of questions and answers, for those who ask the saved model: it is that of its training."""
+    template = _beginning(tokenizer) + CHAT_TEMPLATE
+    if replace and tokenizer.chat_template not in (None, template):
+        print("Questions and answers are not laid out by the tokenizer's chat template: it is replaced by theirs.")
+    if replace or (add and tokenizer.chat_template is None):
+        tokenizer.chat_template = template
 
 
 def _conversation(
@@ -278,6 +299,11 @@ def _conversation(
             raise ValueError(
                 f"Document {index} of the {split} split has the message {message!r}; each must have a text as "
                 f"`content` and one of {tuple(layouts)} as `role`."
+            )
+        if unseen := [name for name in UNSEEN if turn.get(name) is not None]:
+            raise ValueError(
+                f"Document {index} of the {split} split has a message with `{unseen[0]}={turn[unseen[0]]!r}`, and "
+                "`role` and `content` alone are trained; remove it, or write it into the content."
             )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"Document {index} of the {split} split ends with {messages[-1]!r}, not with an answer.")

@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None):
     )
     keep_output_short()
     require_weights(model_arguments.model)
-    output = Path(evaluation.output_dir)
-    with result_folder(output):
+    output = Path(evaluation.output_dir).expanduser()
+    with result_folder(output, ("facts.json", "samples.json"), data.dataset):
         evaluate(model_arguments, data, evaluation, output)
 
 
@@ -161,8 +161,8 @@ def evaluate(model_arguments: CheckpointArguments, data: DataArguments, evaluati
         "scored_problems": len(with_final_answer(answers)),
     }
     surroundings = environment(model.device)
-    write_json(output / "samples.json", answers)
     write_json(output / "facts.json", facts | surroundings)
+    write_json(output / "samples.json", answers)
     if manager is not None:
         facts["tasks"] = run_tasks(model, tokenizer, evaluation, manager)
         write_json(output / "facts.json", facts | surroundings)

@@ -54,6 +54,7 @@ from modeling_coe.train.report import (
     facts_of_run,
     keep_output_short,
     print_result,
+    save_model,
     show_progress,
     write_results,
 )
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None):
     training = copy(training)
     training.max_length = data.sequence_length
     output = Path(training.output_dir)
-    with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():
+    with run_folder(output, model_arguments.model, data.dataset) if training.process_index == 0 else nullcontext():
         finetune(model_arguments, data, training, lora, layout, output)
 
 
@@ -171,7 +172,7 @@ def finetune(
     calibrate(trainer)
     after, answers = scores()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
-    trainer.save_model()
+    save_model(trainer, has_trained)
     if trainer.is_world_process_zero():
         facts = {
             "model": model_arguments.model,

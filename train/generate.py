@@ -1,6 +1,6 @@
 # Copyright 2026 The Chain-of-Experts team. All rights reserved.
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a saved model one question, in the layout it was trained on:
+"""Ask a saved model one question, in the layout of its tokenizer's chat template, which is that of its training:
 
 coe-generate --model runs/smoke \\
     --question "Mia has 5 apples. Mia buys 4 more. Mia gives away 2. How many apples does Mia have now?"
@@ -41,7 +41,11 @@ def main(arguments: list[str] | None = None):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     turn_dial(model, options.expert_budget)
-    inputs = tokenizer(PROMPT.format(options.question), return_tensors="pt", return_token_type_ids=False)
+    has_template, text = tokenizer.chat_template is not None, PROMPT.format(options.question)
+    if has_template:
+        question = [{"role": "user", "content": options.question}]
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, add_special_tokens=not has_template, return_tensors="pt", return_token_type_ids=False)
     prompt, context = inputs.input_ids.shape[1], model.config.max_position_embeddings
     if prompt + options.max_new_tokens > context:
         raise ValueError(

@@ -53,6 +53,7 @@ from modeling_coe.train.arguments import (
     parse,
     read_config,
     refuse_unknown,
+    require_context,
     shipped,
     training_setup,
 )
@@ -322,6 +323,7 @@ def main(arguments: list[str] | None = None):
             parser.error("--serve needs a --model, and --gpu 8GB or --ram 8GB")
         require_model("model", find_configuration(options.model))
         config = read_config(options.model)
+        require_context(options.serve[1], options.model, config)
         print_serving(config, *options.serve, memory - options.reserve, on_cpu=options.ram is not None)
         return
     if options.like is not None:

@@ -65,6 +65,7 @@ from modeling_coe.train.report import (
     keep_output_short,
     peak_memory,
     print_result,
+    save_model,
     show_progress,
     write_results,
 )
@@ -171,7 +172,11 @@ def main(arguments: list[str] | None = None):
         raise ValueError("`drop_long_documents=true` is for fine-tuning; set `split_long_documents=true` here.")
     config = read_config(model_arguments.model)
     output = Path(training.output_dir)
-    with run_folder(output, model_arguments.model) if training.process_index == 0 else nullcontext():
+    with (
+        run_folder(output, model_arguments.model, data_arguments.dataset)
+        if training.process_index == 0
+        else nullcontext()
+    ):
         pretrain(model_arguments, data_arguments, layout, training, config.vocab_size)
 
 
@@ -225,7 +230,7 @@ def pretrain(
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switched it off, and it is saved
-    trainer.save_model()
+    save_model(trainer, has_trained)
     if trainer.is_world_process_zero():
         report(trainer, model_arguments, data_arguments, base, checkpoint, has_trained)
 

@@ -113,7 +113,15 @@ def seconds_trained(rows: list[dict]) -> float:
 
 
 class RoutingHealth:
-    """For a `Trainer` subclass, in front of it: every evaluation also logs how its first batch was routed."""
+    """For a `Trainer` subclass, in front of it: every evaluation sees all documents, and also logs how its first batch
+    was routed."""
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -283,6 +291,13 @@ def facts_of_run(trainer: Trainer, checkpoint: Path | None, has_trained: bool) -
         **environment(trainer.args.device),
     }
     return facts if has_trained else facts | facts_of_training(Path(trainer.args.output_dir), facts["steps"])
+
+
+def save_model(trainer: Trainer, has_trained: bool):
+    """The final model; the facts of other weights, which a run had that was prolonged, go before it comes."""
+    if has_trained and trainer.is_world_process_zero():
+        (Path(trainer.args.output_dir) / "facts.json").unlink(missing_ok=True)
+    trainer.save_model()
 
 
 def write_results(trainer: Trainer, facts: dict, answers: list[dict], title: str):

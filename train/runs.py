@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that a script writes to: one process at a time, nothing of anybody else's, and the record of its run.
 
-with run_folder(output, model):           # or result_folder(output), for a script that writes no model
+with run_folder(output, model, dataset):  # or result_folder(...), for a script that writes no model
     match_record(output, record)          # the run in this folder is the one that goes on
 """
 
@@ -36,11 +36,12 @@ HALF_WRITTEN_JSON = tuple(f".{name}.json.partial" for name in ("before", "facts"
 
 
 @contextmanager
-def run_folder(folder: Path, model: str) -> Iterator[None]:
+def run_folder(folder: Path, model: str, dataset: str = "") -> Iterator[None]:
     """Hold `folder` for a training run that starts from `model`; leftovers of a killed one are named and removed.
 
     Raises:
-        ValueError: the folder holds something else than a run, or lies around or inside the model it would start from.
+        ValueError: the folder holds something else than a run, lies around or inside the model it would start from,
+            or inside the folder of its documents.
         OSError: the folder cannot be created or written, or another process has it.
     """
     source, target = Path(model).resolve(), folder.resolve()
@@ -50,6 +51,7 @@ def run_folder(folder: Path, model: str) -> Iterator[None]:
             f"`output_dir={folder}` {'is or holds' if is_above else 'is inside'} `model={model}`, and a run needs a "
             "folder of its own; choose another one."
         )
+    _refuse_data_folder(folder, dataset)
     ours = (PARTIAL, LOCK, *HALF_WRITTEN_JSON)
     others = [path.name for path in folder.glob("*") if path.name not in ours] if folder.is_dir() else []
     if others and not _is_record(folder / RECORD):
@@ -63,13 +65,22 @@ def run_folder(folder: Path, model: str) -> Iterator[None]:
 
 
 @contextmanager
-def result_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for the results of a script that writes no model.
+def result_folder(folder: Path, written: tuple[str, ...], dataset: str = "") -> Iterator[None]:
+    """Hold `folder` for the results of a script that writes no model, but the files `written`.
 
     Raises:
-        ValueError: the folder holds a model, whose facts would be overwritten.
+        ValueError: the folder holds a model, whose facts would be overwritten, or files of these names that are no
+            earlier results: the first, which is written first, is JSON that says with which `versions`. Or it lies in
+            the folder of the documents.
         OSError: as `run_folder`.
     """
+    _refuse_data_folder(folder, dataset)
+    in_the_way = [name for name in written if (folder / name).exists()]
+    if in_the_way and "versions" not in _read_object(folder / written[0]):
+        raise ValueError(
+            f"`output_dir={folder}` holds {', '.join(in_the_way)}, which no earlier run of this script wrote and this "
+            "one would overwrite; choose another folder."
+        )
     for name in (RECORD, "config.json", "adapter_config.json"):
         if (folder / name).is_file():
             raise ValueError(
@@ -78,6 +89,24 @@ def result_folder(folder: Path) -> Iterator[None]:
             )
     with _held(folder):
         yield
+
+
+def _refuse_data_folder(folder: Path, dataset: str):
+    """What is written into a folder of documents would be read with them the next time."""
+    if dataset and Path(dataset).is_dir() and folder.resolve().is_relative_to(Path(dataset).resolve()):
+        raise ValueError(
+            f"`output_dir={folder}` is or is inside `dataset={dataset}`, and its files would be read as documents the "
+            "next time; choose another folder."
+        )
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object; empty if the file holds none, or is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -207,7 +236,15 @@ RECORDED = (
     "per_device_train_batch_size pool_learning_rate_factor router_bias_rate seed warmup_steps weight_decay"
 ).split()
 # Those that earlier records do not have: recorded where they are not what they were for these.
-RECORDED_IF_SET = {"auto_find_batch_size": False, "train_sampling_strategy": "random"}
+RECORDED_IF_SET = {
+    "auto_find_batch_size": False,
+    "eos_token": None,
+    "padding_free": False,
+    "router_aux_loss_coef": None,
+    "shuffle_dataset": False,
+    "train_sampling_strategy": "random",
+    "truncation_mode": "keep_start",
+}
 
 
 def record_of(

@@ -253,8 +253,15 @@ def build_app(engine: Engine, hosts: list[str]) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(connection: Request, request: ChatRequest):
-        part = "delta" if request.stream else "message"
-        said = lambda text: {part: {"role": "assistant", "content": text}}  # noqa: E731
+        part, has_begun = "delta" if request.stream else "message", False
+
+        def said(text: str) -> dict:
+            # The space between "Answer:" and the answer, which the chat template puts there itself.
+            nonlocal has_begun
+            text = text if has_begun else text.removeprefix(" ")
+            has_begun = has_begun or bool(text)
+            return {part: {"role": "assistant", "content": text}}
+
         return await respond(engine, connection, request, "chatcmpl", said)
 
     return app

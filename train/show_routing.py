@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None):
     keep_output_short()
     require_weights(model_arguments.model)
     read_config(model_arguments.model)
-    output = Path(options.output_dir)
-    with result_folder(output):
+    output = Path(options.output_dir).expanduser()
+    with result_folder(output, ("routing.json", "load.png", "transitions.png", "cost.png"), data.dataset):
         show(model_arguments, data, options, output)
 
 
