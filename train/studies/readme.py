@@ -95,7 +95,7 @@ def use() -> str:
         ),
         (
             "Does a chain learn better?",
-            "At equal compute not that we saw, but where one visit would have to use every expert. With 7 M "
+            "Not at equal compute, as far as we saw. With 7 M "
             f"parameters on maths problems it ends between {-min(at_7m):.2f} nats below Mixtral and "
             f"{max(at_7m):.2f} above, depending on the initialisation; where it ends below, so does Mixtral with "
             "doubled router weights.",
