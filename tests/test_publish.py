@@ -459,6 +459,8 @@ BAD_OPTIONS = {
     "--watts 0": ["--watts", "0"],
     "--watts inf": ["--watts", "inf"],
     "--max-new-tokens 0": ["--max-new-tokens", "0"],
+    "--max-new-tokens 99999` exceeds": ["--max-new-tokens", "99999"],
+    "--evaluated-split` is empty": ["--evaluated-split", ""],
     "no model": ["--base-model", "no model"],
     "no data": ["--dataset-id", "no data"],
     "Apache 2": ["--license", "Apache 2"],

@@ -85,6 +85,8 @@ def check_options(options: argparse.Namespace):
         raise ValueError(f"`--watts {options.watts}` must be above 0; leave it out for an estimate.")
     if options.max_new_tokens < 1:
         raise ValueError(f"`--max-new-tokens {options.max_new_tokens}` must be at least 1.")
+    if not options.evaluated_split.strip():
+        raise ValueError("`--evaluated-split` is empty; name the split, or leave the option out.")
 
 
 def check_run(folder: Path):
@@ -236,6 +238,12 @@ def control_facts(run: dict, folder: Path, loss: str) -> dict:
 def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
     """The first validation prompt, and what the card's snippet prints behind it."""
     inputs = tokenizer(sample["prompt"], return_tensors="pt")
+    room = model.config.max_position_embeddings - inputs.input_ids.shape[1]
+    if max_new_tokens > room:
+        raise ValueError(
+            f"`--max-new-tokens {max_new_tokens}` exceeds the context, which has room for {room} after the sample's "
+            "prompt; lower it."
+        )
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     text = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return {
