@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from modeling_coe import CoEConfig, lora_config
 from modeling_coe.budget import ServingSetup, weight_bytes
-from modeling_coe.train.studies import readme
+from modeling_coe.train.studies import readme, tasks
 from modeling_coe.train.studies.reproduce import Claim, judge
 
 
@@ -77,6 +77,25 @@ def test_few_bits_change_the_loss_as_the_readme_says():
     assert "on easy word problems neither raised it by 0.001" in text
     quality = [chain["results"].values() for chain in readme.result("low_bits")["quality"].values()]
     assert len(quality) == 3 and all(abs(row["change"]) < 0.001 for rows in quality for row in rows)
+
+
+def test_what_the_readme_says_of_facts_dials_and_upcycling_is_what_was_measured():
+    text = " ".join(README.split())
+    assert "With 0.24 M parameters, one pool of experts that four layers share stores 1.2 times as many bits" in text
+    rows = readme.result("storage_capo")["rows"]
+    pool, layers = (rows[name] for name in ("One pool for four layers (4/64)", "MoE(4/16)"))
+    bits = [tasks.stored_bits(row["mean_validation_loss"]) for row in (pool, layers)]
+    assert bits[0] / bits[1] == pytest.approx(1.2, abs=0.05) and len(pool["runs"]) == 3
+    assert pool["parameters"] == pytest.approx(0.24e6, abs=5e3)
+    assert "one expert in place of two raised the loss by 0.06 nats; turned up to four, the model ended 0.23" in text
+    dial = {name: row["mean_validation_loss"] for name, row in readme.result("dial_code")["rows"].items()}
+    assert dial["dial at 1"] - dial["dial, as trained"] == pytest.approx(0.06, abs=5e-3)
+    assert dial["dial at 4"] - dial["K=4 for every token"] == pytest.approx(0.23, abs=5e-3)
+    assert "no better than its source after as many steps, and 0.11 nats worse at the same compute (one seed)" in text
+    runs = readme.result("healing_gsm8k")["runs"]
+    losses = {run["name"]: run["validation_loss"] for run in runs if run["seed"] == 0}
+    assert losses["chain"] > losses["source"]
+    assert losses["chain"] - losses["source, more steps"] == pytest.approx(0.11, abs=5e-3)
 
 
 def test_16_experts_in_4_bits_take_less_memory_than_9_in_bf16_and_which_end_lower_is_not_decided():

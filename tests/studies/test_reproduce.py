@@ -511,12 +511,21 @@ def test_what_the_page_says_in_words_is_what_was_recorded():
         rows = rows_of(f"balancing_{name}")
         dead = {row: max(verdicts.health_of(content["runs"], "dead_experts")) for row, content in rows.items()}
         assert dead["bias"] == 0 and dead["no balancing"] == pytest.approx(most, abs=0.001)
+        assert dead["Switch loss, 0.001"] < 0.21
         default = loss(f"balancing_{name}", "bias") - loss(f"balancing_{name}", "Switch loss, 0.001")
         assert round(default, 2) == 0.02
-    assert "no expert dead on the first validation batch, where no balancing left up to 24 %" in page
+    assert (
+        "no expert dead on the first validation batch, where no balancing left up to 24 % (the mean of three seeds)"
+        in page
+    )
     assert "Switch's loss at the default 0.001, which is no claim here, it ends 0.02 higher at both scales" in page
     quality = json.loads((RESULTS / "low_bits.json").read_text())["quality"].values()
     assert all(abs(bits["change"]) < 0.001 for model in quality for bits in model["results"].values())
+    for name in ("code", "problems"):
+        for budget, experts in ((2, 2.1), (1, 1.1)):
+            runs = rows_of(f"dial_{name}")[f"dial at {budget}"]["runs"]
+            assert verdicts.mean_of(runs, "experts_per_token") == pytest.approx(experts, abs=0.05)
+    assert "It computes 2.1 experts a token where two are asked for, and 1.1 where one is." in page
     share_of_harder = {}
     for name in ("code", "problems"):
         quarters = verdicts.mean_of(rows_of(f"dial_{name}")["dial at 2"]["runs"], "experts_by_loss")

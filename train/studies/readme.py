@@ -12,7 +12,7 @@ from pathlib import Path
 from modeling_coe import CoEConfig
 from modeling_coe.budget import ServingSetup, TrainingSetup, training_memory, weight_bytes
 from modeling_coe.train.studies.pool_memory import MODELS, PLAIN
-from modeling_coe.train.studies.verdicts import difference_of
+from modeling_coe.train.studies.verdicts import difference_across, difference_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,10 @@ def use() -> str:
     paper = result("pool_memory_paper")["rows"]
     pools = [f"CoE-2(4/64), {layers} layers a pool" for layers in ("two", "four")]
     two, four = (paper[pool]["plain"]["of_mixtrals_peak"] for pool in pools)
-    two_of_16, four_of_16 = (peak_of_batch(pool) / peak_of_batch(mixtral) for pool in pools)
+    of_16 = [peak(MODELS[pool], 16) / peak(MODELS[mixtral], 16) for pool in pools]
+    half, quarter = (
+        peak(MODELS[mixtral] | {"num_local_experts": experts}, 1) / peak(MODELS[mixtral], 1) for experts in (32, 16)
+    )
     speeds = [result(f"pool_memory_{shape}")["rows"] for shape in ("paper", "small", "gsm8k")]
     speeds = [rows["CoE-2(4/32)" if chain not in rows else chain]["speed"] for rows in speeds]
     file = result("low_bits")["files"][chain]["experts int4"]["of bf16"]
@@ -84,8 +87,8 @@ def use() -> str:
             "Take it",
             "to train a mixture of experts, Mixtral too, in less memory "
             '(`experts_implementation="coe"`), to store experts in 4 bits (the file is '
-            f"{file:.2f}x at the paper's shape), to turn down how many experts a token computes after training, or "
-            "to study chains and shared pools under Mixtral's names.",
+            f"{file:.2f}x that of bf16 at the paper's shape), to turn down how many experts a token computes after "
+            "training, or to study chains and shared pools under Mixtral's names.",
         ),
         (
             "Take Mixtral",
@@ -95,55 +98,53 @@ def use() -> str:
         ),
         (
             "Does a chain learn better?",
-            "Not at equal compute, as far as we saw. With 7 M "
-            f"parameters on maths problems it ends between {-min(at_7m):.2f} nats below Mixtral and "
-            f"{max(at_7m):.2f} above, depending on the initialisation; where it ends below, so does Mixtral with "
-            "doubled router weights.",
+            "Not at equal compute, as far as we saw. With 7 M parameters on maths problems it ends between "
+            f"{-min(at_7m):.2f} nats a token below Mixtral and {max(at_7m):.2f} above, depending on the "
+            "initialisation; where it ends below, so does Mixtral with doubled router weights. A tenth of a nat "
+            "changes the perplexity by 10 %.",
         ),
         (
             "What does training a chain cost?",
-            f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed with the same experts' code, the faster the "
-            'larger the model, and the same peak. That code is `experts_implementation="coe"`, for Mixtral too: '
-            "against Mixtral with transformers' `grouped_mm`, the memory of a step beyond weights and optimizer is "
-            f"{kept['CoE-1(8/64)']['ratio']:.2f}x with one iteration and {kept[chain]['ratio']:.2f}x with two.",
+            f"{min(speeds):.2f}x to {max(speeds):.2f}x Mixtral's speed where both run our code of the experts, the "
+            'faster the larger the model, and the same peak. That code is `experts_implementation="coe"`, for Mixtral '
+            "too: against Mixtral with transformers' own, `grouped_mm`, the memory of a step beyond weights and "
+            f"optimizer is {kept['CoE-1(8/64)']['ratio']:.2f}x with one iteration, {kept[chain]['ratio']:.2f}x with "
+            "two.",
         ),
         (
             "Does a shared pool save memory?",
             "Yes: with one sequence of 512 tokens a step, the peak of a chain whose layers share pools of 64 experts "
             f"in twos (half the experts) is {two:.2f}x Mixtral's, in fours (a quarter) {four:.2f}x; with 16 sequences "
-            f"{two_of_16:.2f}x and {four_of_16:.2f}x, predicted. Fewer experts without sharing save as much, and on "
-            "text we saw no gain of sharing over that; where made-up facts are to be stored, one pool stores more.",
-        ),
-        (
-            "Where was that measured?",
-            "Maths problems: models of 2.9 M and 7 M parameters trained on GSM8K, at sizes that cannot tell numbers "
-            "of experts apart. Python sources: 0.2 M to 0.5 M parameters, where four times the experts lower the "
-            "loss by 0.1. Facts: 0.1 M to 0.3 M. Whether any of it says something about larger models is open. "
-            "Peaks, files: the paper's shape, 636 M. Decoding, and what is kept for the backward pass: 2 layers of "
-            "width 256.",
+            f"{of_16[0]:.2f}x and {of_16[1]:.2f}x, predicted. As few experts without sharing save slightly more, "
+            f"{half:.2f}x and {quarter:.2f}x with one sequence, predicted, and on text we saw no gain of sharing over "
+            "that. A pool with as many experts in all saves nothing; it stores more made-up facts.",
         ),
     )
 
 
 def evidence() -> str:
-    """What was compared, at which cost, and how it ended."""
-    on_maths, on_sources, on_facts = "maths problems", "Python sources", "made-up facts"
-    whole, cut, quarter, twice = "MoE(4/16)", "MoE(4/9), 56 %", "MoE(4/4), 25 %", "CoE-2(8/16)"
-    pool = "One pool for four layers"
+    """What was compared, at which cost, how it ended, and where."""
+    maths, small, sources, facts = "maths, 2.9 M", "maths, 7 M", "sources", "made-up facts"
+    nested, mixtral, twice, plain = "nested CoE-2(4/64)", "Mixtral MoE(8/64)", "CoE-2(8/16)", "MoE(8/16)"
+    whole, cut, quarter, pool = "MoE(4/16)", "MoE(4/9), 56 %", "MoE(4/4), 25 %", "One pool for four layers"
+    chains, shared, storage, twos = "chain_narrow", "promise_narrow", "storage_capo", "arrangements_narrow"
     compared = (
-        (on_maths, "a chain of two, one visit", "seeds_tiny", "nested CoE-2(4/64)", "Mixtral MoE(8/64)"),
-        (on_sources, "a chain of two, one visit", "chain_narrow", "CoE-2(4/16)", "MoE(8/16)"),
-        (on_sources, "two visits to 8 experts, one to 8", "chain_narrow", twice, "MoE(8/16)"),
-        (on_sources, "two visits to 8 experts, one to all 16", "chain_narrow", twice, "MoE(16/16)"),
-        (on_sources, "two visits, twice the layers", "chain_narrow", twice, "MoE(8/16), 8 layers on 4 pools"),
-        (on_sources, "56 % of the experts, all", "promise_narrow", cut, whole),
-        (on_sources, "56 % in one pool, 56 % in each layer", "promise_narrow", f"{pool} (4/36), 56 %", cut),
-        (on_sources, "25 % in one pool, 25 % in each layer", "promise_narrow", f"{pool} (4/16), 25 %", quarter),
-        (on_sources, "all in one pool, a pool a layer", "promise_narrow", f"{pool} (4/64)", whole),
-        (on_facts, "all in one pool, a pool a layer", "storage_capo", f"{pool} (4/64)", whole),
-        (on_facts, "two visits to 4 experts, one to 4", "storage_capo", "CoE-2(4/16)", whole),
+        (maths, "a chain of two, one visit", "seeds_tiny", nested, mixtral),
+        (small, "a chain of two, one visit", "equal_compute_small", nested, mixtral),
+        (sources, "a chain of two, one visit", chains, "CoE-2(4/16)", plain),
+        (sources, "two visits to 8 experts, one to 8", chains, twice, plain),
+        (sources, "two visits to 8 experts, one to all 16", chains, twice, "MoE(16/16)"),
+        (sources, "two visits, twice the layers on the same experts", chains, twice, "MoE(8/16), 8 layers on 4 pools"),
+        (sources, "two visits, twice the layers and experts", chains, twice, "MoE(8/16), 8 layers"),
+        (sources, "56 % of the experts, all", shared, cut, whole),
+        (sources, "56 % in one pool, 56 % in each layer", shared, f"{pool} (4/36), 56 %", cut),
+        (sources, "25 % in one pool, 25 % in each layer", shared, f"{pool} (4/16), 25 %", quarter),
+        (sources, "all in pools for two layers, a pool a layer", twos, "Pools for two layers (4/32)", whole),
+        (sources, "all in one pool, a pool a layer", shared, f"{pool} (4/64)", whole),
+        (facts, "all in one pool, a pool a layer", storage, f"{pool} (4/64)", whole),
+        (facts, "two visits to 4 experts, one to 4", storage, "CoE-2(4/16)", whole),
     )  # fmt: skip
-    rows = [("trained on", "the first against the second", "compute", "parameters", "difference", "seeds")]
+    rows = [("trained on", "the first against the second", "compute", "weights", "difference", "seeds")]
     for data, what, name, row, than in compared:
         judged, (first, second) = result(name), (result(name)["rows"][one] for one in (row, than))
         rows.append(
@@ -156,14 +157,28 @@ def evidence() -> str:
                 str(len(first["runs"])),
             )
         )
-    return table(*rows)
+    scale, as_it_is = (
+        difference_across(result(chains), name, result("instrument_narrow"), plain) for name in (plain, "CoE-2(4/16)")
+    )
+    where = f"""
+* Maths problems: GSM8K, at sizes that cannot tell numbers of experts apart. At 7 M, doubled router weights lower the
+  loss of Mixtral's block as much as the chain does.
+* Python sources: 0.2 M to 1 M parameters, where four times the experts lower the loss by 0.1. Chains and what they are
+  compared with learn the scale of their output, which by itself changed Mixtral's block by
+  {scale}. Against Mixtral's block as it is, a chain of two ends
+  {as_it_is}.
+* Made-up facts: 0.1 M to 0.3 M parameters.
+* Each model trained at the better of two learning rates, which was the higher one for almost all on Python sources.
+* Whether any of it says something about larger models is open. Peaks and files: the paper's shape, 636 M parameters
+  with a vocabulary of 32,000. Decoding, and what is kept for the backward pass: 2 layers of width 256."""
+    return table(*rows) + "\n" + where
 
 
-def peak_of_batch(name: str) -> int:
-    """Bytes at the peak of a step of 16 sequences of 512 tokens in bf16, as budget.py predicts them, of a model of
-    pool_memory_paper.json."""
-    config = CoEConfig(**result("pool_memory_paper")["shape"], **MODELS[name])
-    return sum(training_memory(config, TrainingSetup(**PLAIN | {"batch_size": 16})).values())
+def peak(model: dict, batch_size: int) -> int:
+    """Bytes at the peak of a step of sequences of 512 tokens in bf16, as budget.py predicts them, of a model in the
+    shape of pool_memory_paper.json."""
+    config = CoEConfig(**result("pool_memory_paper")["shape"], **model)
+    return sum(training_memory(config, TrainingSetup(**PLAIN | {"batch_size": batch_size})).values())
 
 
 def pools() -> str:
@@ -194,7 +209,7 @@ def low_bits() -> str:
     for model, name in (*((chain, name) for name in names), (mixtral, "experts int4")):
         sizes = [f"{measured[section][model][name]['of bf16']:.2f}x" for section in ("files", "resident memory")]
         if "note" in measured["resident memory"][model]:  # what it is relative to has its experts twice
-            sizes[-1] = ""
+            sizes[-1] = "not comparable"
         speeds = (measured["decoding"][f"batch {n}"][model][name]["ratio to bf16"][0] for n in (1, 8))
         rows.append((f"{model}, {name}", *sizes, *(f"{value:.2f}x" for value in speeds)))
     return table(*rows)

@@ -8,6 +8,7 @@ python train/studies/verdicts.py     # writes README.md and differences.png in m
 import json
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import jinja2
@@ -17,7 +18,7 @@ import yaml
 from modeling_coe import CoEConfig
 from modeling_coe.budget import count_expert_combinations, equal_compute_moe
 from modeling_coe.train.report import save_picture
-from modeling_coe.train.studies.reproduce import T_95
+from modeling_coe.train.studies.reproduce import T_95, Claim, judge
 from modeling_coe.train.studies.tasks import stored_bits
 
 
@@ -38,10 +39,11 @@ def render() -> str:
     tables = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(TABLES.glob("*.yaml"))}
     chain = CoEConfig(num_iterations=2, num_experts_per_tok=4, num_local_experts=64)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"mean_by_iteration": mean_by_iteration, "code": "`{}`".format}
+    environment.filters |= {"mean_by_iteration": mean_by_iteration, "code": "`{}`".format, "signed": signed}
     template = environment.from_string((RESULTS / "template.md").read_text(encoding="utf-8"))
     claims = judged(losses)
     instruments = [judge_scale(name, result) for name, result in losses.items() if name.startswith("instrument_")]
+    passed = [instrument["scale"] for instrument in instruments if instrument["counts"]]
     return template.render(
         claims=claims,
         memory_claims=judged(memory),
@@ -50,11 +52,15 @@ def render() -> str:
         memory_tables=[{"file": name, "scale_name": scale_of(name), **result} for name, result in memory.items()],
         largest_error=LARGEST_ERROR,
         instruments=instruments,
-        passed=[instrument["scale"] for instrument in instruments if instrument["counts"]],
+        passed=passed,
         search=read_results("search")["search.json"],
         routings=read_results("routing"),
         others=read_results("others"),
         difference=lambda file, row, than: difference_of(losses[f"{file}.json"], row, than),
+        across=lambda file, row, other, than: difference_across(
+            losses[f"{file}.json"], row, losses[f"{other}.json"], than
+        ),
+        half_widths=half_widths([claim for claim in claims if claim["scale"] in passed]),
         missing={
             table: content["question"]
             for table, content in tables.items()
@@ -84,6 +90,7 @@ def judged(results: dict[str, dict]) -> list[dict]:
             "file": name,
             "scale": scale_of(name),
             "words": words_of(claim, result["rows"]),
+            "seeds": seeds_of(claim, result["rows"]),
             "unit": " of the problems" if result.get("measure") == "unsolved" else "",
         }
         for name, result in results.items()
@@ -92,21 +99,46 @@ def judged(results: dict[str, dict]) -> list[dict]:
     return [claim | {"number": number} for number, claim in enumerate(claims, 1)]
 
 
+def signed(value: float) -> str:
+    """Three decimals, or four where three would not tell on which side of zero it lies."""
+    return f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.4f}"
+
+
 def difference_of(result: dict, row: str, than: str) -> str:
     """How much higher `row` ends than `than`, with its 95 % interval, by the claim of a result about the two."""
     for claim in result["claims"]:
         low, high = claim["interval"]
         if (claim["row"], claim["than"]) == (row, than):
-            return f"{claim['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+            return f"{signed(claim['difference'])} ({signed(low)} to {signed(high)})"
         if (claim["row"], claim["than"]) == (than, row):
-            return f"{-claim['difference']:+.3f} ({-high:+.3f} to {-low:+.3f})"
+            return f"{signed(-claim['difference'])} ({signed(-high)} to {signed(-low)})"
     raise KeyError(f"No claim compares {row!r} with {than!r}.")
 
 
+def difference_across(first: dict, row: str, second: dict, than: str) -> str:
+    """As `difference_of`, of two results at the same scale, over the seeds that both have."""
+    rows = {"row": first["rows"][row]["runs"], "than": second["rows"][than]["runs"]}
+    shared = {run["seed"] for run in rows["row"]} & {run["seed"] for run in rows["than"]}
+    rows = {name: {"runs": [run for run in runs if run["seed"] in shared]} for name, runs in rows.items()}
+    return difference_of({"claims": [judge(Claim("", "row", "than"), rows)]}, "row", "than")
+
+
 def words_of(claim: dict, rows: dict) -> str:
+    undecided = claim["verdict"] == "undecided"
+    return f"not decided by {seeds_of(claim, rows)} seeds" if undecided else claim["verdict"]
+
+
+def seeds_of(claim: dict, rows: dict) -> int:
     row = claim["row"] if isinstance(claim["row"], str) else claim["row"][0]
-    seeds = rows[row].get("runs", ())
-    return f"not decided by {len(seeds)} seeds" if claim["verdict"] == "undecided" else claim["verdict"]
+    return len(rows[row].get("runs", ()))
+
+
+def half_widths(claims: list[dict]) -> dict[int, float]:
+    """The largest half of an interval, by the number of seeds."""
+    halves = defaultdict(list)
+    for claim in claims:
+        halves[claim["seeds"]].append((claim["interval"][1] - claim["interval"][0]) / 2)
+    return {seeds: max(values) for seeds, values in sorted(halves.items())}
 
 
 def judge_scale(name: str, result: dict) -> dict:
@@ -166,8 +198,13 @@ def mean_of(runs: list[dict], fact: str) -> float | list[float]:
 
 def health_of(runs: list[dict], fact: str) -> list[float]:
     """The mean over the seeds of a number of `routing_health`, by iteration."""
-    names = [name for name in runs[0]["routing_health"] if name.startswith(f"{fact}_")]
+    names = [name for name in runs[0]["routing_health"] if name.startswith(fact)]
     return [statistics.mean(run["routing_health"][name] for run in runs) for name in sorted(names)]
+
+
+def balance_facts(health: dict) -> tuple[str, str]:
+    """How uneven the load is and how many experts are dead: in a pool, over all the layers that visit it."""
+    return ("pool_imbalance", "dead_pool") if "dead_pool_experts" in health else ("load_imbalance", "dead_experts")
 
 
 def scale_of(name: str) -> str:
@@ -192,7 +229,7 @@ def describe(name: str, result: dict) -> dict:
         if "experts_per_token" in content["runs"][0]
     ]
     balance = [
-        (row, health_of(content["runs"], "load_imbalance"), health_of(content["runs"], "dead_experts"))
+        (row, *(health_of(content["runs"], fact) for fact in balance_facts(content["runs"][0]["routing_health"])))
         for row, content in rows.items()
         if "routing_health" in content["runs"][0]
     ]
