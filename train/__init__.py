@@ -10,4 +10,4 @@ if missing := [
     for name in ("accelerate", "datasets", "detect_secrets", "matplotlib", "peft", "trl")
     if find_spec(name) is None
 ]:
-    raise ImportError(f"The scripts also need {', '.join(missing)}: pip install '.[train]' in the checkout")
+    raise ImportError(f"The scripts also need {', '.join(missing)}: pip install 'modeling-coe[train]'")
