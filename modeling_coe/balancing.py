@@ -89,7 +89,8 @@ class RouterBalance:
         # Losses of their own call the model below the head, which the head calls as well.
         for module in {counted, getattr(counted, "base_model", counted)}:
             self.hooks.append(module.register_forward_pre_hook(self._start, with_kwargs=True))
-            self.hooks.append(module.register_forward_hook(self._stop))
+            # Also after an error, or what comes next would be counted.
+            self.hooks.append(module.register_forward_hook(self._stop, always_call=True))
 
     @torch.no_grad()
     def step(self):
@@ -117,7 +118,6 @@ class RouterBalance:
                 wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.float)
                 bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)
             counts.zero_()
-        self.opened_by = None  # after a forward pass that raised an error
 
     def remove(self):
         """Stops counting."""

@@ -182,6 +182,9 @@ class CoEConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         cls._report_misspelt(kwargs, refuse=True)
         cls._check_num_labels(kwargs.get("num_labels"))
+        # As everywhere else, None asks for no other budget than the stored one.
+        if kwargs.get("expert_budget", 0) is None:
+            del kwargs["expert_budget"]
         loaded = super().from_dict({"model_type": cls.model_type, **config_dict}, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._set_expert_budget()

@@ -609,6 +609,14 @@ class CoEPreTrainedModel(PreTrainedModel):
             )
 
     @classmethod
+    def _stored_configuration(cls, path: str, **kwargs) -> CoEConfig | None:
+        """That of the checkpoint, whatever the caller changed; None where it has none, as in an adapter's folder."""
+        content = {}
+        with suppress(OSError):
+            content = cls.config_class.get_config_dict(path, **kwargs)[0]
+        return cls.config_class.from_dict(content) if content else None
+
+    @classmethod
     def _compare_with_configuration(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):
         """The weights must be those that the checkpoint's own configuration announces.
 
@@ -618,9 +626,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         """
         has_own_tensors = kwargs.get("state_dict") is not None
         if not has_own_tensors:
-            # An adapter's folder has no configuration.
-            with suppress(OSError):
-                stored = type(stored).from_dict(stored.get_config_dict(path, **kwargs)[0])
+            stored = cls._stored_configuration(path, **kwargs) or stored
         with torch.device("meta"):
             announced = cls(stored)
         prefix = f"{cls.base_model_prefix}."
@@ -655,9 +661,10 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     def _move_to_configured_budget(self, path: str, **kwargs):
         """What the caller changed in the configuration, from which the Auto classes take `expert_budget=...` too."""
-        try:
-            stored = self.config_class.from_dict(self.config_class.get_config_dict(path, **kwargs)[0])
-        except OSError:  # an adapter's folder has no configuration
+        stored = self._stored_configuration(path, **kwargs)
+        if stored is None:
+            if kwargs.get("expert_budget") is not None:
+                self.set_expert_budget(kwargs["expert_budget"])
             return
         asked, top_k = self.config.expert_budget, self.config.num_experts_per_tok
         if top_k != stored.num_experts_per_tok and self._is_calibrated():
@@ -668,7 +675,7 @@ class CoEPreTrainedModel(PreTrainedModel):
                 f"do not hold for {top_k}: call `modeling_coe.balancing.calibrate_expert_budget(model, batches)` "
                 "again."
             )
-        if asked == stored.expert_budget:
+        if (asked, top_k) == (stored.expert_budget, stored.num_experts_per_tok):
             return
         if self._is_extreme(asked) or self._is_calibrated():
             self.set_expert_budget(asked)
@@ -1072,6 +1079,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args, expert_budget: float | None = None, **kwargs):
+        """transformers' `generate`; `expert_budget` is for this call alone, see `set_expert_budget`."""
         if expert_budget is not None:
             if kwargs.get("assistant_model") is not None:
                 raise ValueError(
@@ -1082,6 +1090,7 @@ class CoEForCausalLM(CoEPreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args, expert_budget: float | None = None, **kwargs):
+        """transformers' `generate_batch`, which has no budget of a call: `set_expert_budget` before."""
         if expert_budget is not None:
             raise ValueError(
                 f"`expert_budget={expert_budget}` does not reach a continuous batch; call "

@@ -408,7 +408,10 @@ class _Source:
         if output is not None:
             self._keep_apart(Path(output))
             check_replaceable(Path(output), overwrite)
+        self.base = facts_of(self.name)
         if isinstance(source, PreTrainedModel):
+            if not source.can_generate():
+                raise ValueError(f"`source` is a {type(source).__name__}; pass a causal language model.")
             self.model, self.config, self.tensors = source, source.config, source.state_dict()
             if any(".lora_" in name or ".base_layer." in name for name in self.tensors):
                 raise ValueError(
@@ -441,7 +444,7 @@ class _Source:
 
     def write_facts(self, output: Path, **conversion):
         """What the output was made of, for the scripts that go on with it and for its model card."""
-        facts = {"model": self.name or type(self.model).__name__, "base": facts_of(self.name), **conversion}
+        facts = {"model": self.name or type(self.model).__name__, "base": self.base, **conversion}
         (output / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def pass_on_generation_config(self, model: PreTrainedModel):

@@ -503,7 +503,7 @@ def test_questions_and_answers_are_asked_in_their_own_layout_afterwards(template
     document = load_rows(tmp_path, [{"question": "2+2?", "answer": "4"}], other)
     asked = other.apply_chat_template([{"role": "user", "content": "2+2?"}], tokenize=False)
     assert asked == "<bos>" + document["prompt"]
-    assert ("chat template: it is replaced" in capsys.readouterr().out) == (template is not None)
+    assert ("layout of their own here" in capsys.readouterr().out) == (template is not None)
 
 
 def test_the_prompt_comes_first_in_whatever_order_the_columns_are(tmp_path):
@@ -511,14 +511,23 @@ def test_the_prompt_comes_first_in_whatever_order_the_columns_are(tmp_path):
     assert list(row.items()) == [("prompt", "p"), ("completion", "c")]
 
 
-@pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "weight"])
-def test_what_a_message_says_beside_its_content_is_not_dropped_in_silence(name, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "name, said, nothing",
+    [
+        ("tool_calls", "add(2, 2)", "[]"),
+        ("reasoning_content", "Two twos.", ""),
+        ("weight", 0, 1),
+        ("thinking", "m", None),
+    ],
+)
+def test_what_a_message_says_beside_its_content_is_not_dropped_in_silence(name, said, nothing, tokenizer, tmp_path):
     user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
-    with pytest.raises(ValueError, match=f"has a message with `{name}=1`"):
-        load_rows(tmp_path, [{"messages": [user, reply | {name: 1}]}], tokenizer)
+    with pytest.raises(ValueError, match=re.escape(f"has a message with `{name}={said!r}`")):
+        load_rows(tmp_path, [{"messages": [user, reply | {name: said}]}], tokenizer)
     with pytest.raises(ValueError, match="has a column `tools`"):
         load_rows(tmp_path, [{"messages": [user, reply], "tools": [{"name": "add"}]}], tokenizer)
-    assert load_rows(tmp_path, [{"messages": [user, reply | {name: None}], "tools": None}], tokenizer)
+    for none in (None, []):
+        assert load_rows(tmp_path, [{"messages": [user, reply | {name: nothing}], "tools": none}], tokenizer)
 
 
 def test_what_datasets_saved_to_disk_is_read(tmp_path):
@@ -528,6 +537,15 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
     read = load_documents(DataArguments(dataset=str(tmp_path / "rows"), validation_size=1))
     assert {split: len(documents) for split, documents in read.items()} == {"train": 3, "validation": 1}
     assert load_documents(DataArguments(dataset=str(tmp_path / "splits")))["validation"]["text"] == ["text 0"]
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {
+        "data-00000-of-00001.arrow", "dataset_info.json", "state.json"
+    }  # fmt: skip
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).write_text('{"epoch": 1}')
+        rows.to_json(tmp_path / "other" / "train.jsonl")
+        read = load_documents(DataArguments(dataset=str(tmp_path / "other"), validation_size=1))
+        assert len(read["train"]) == 3
 
 
 @pytest.mark.parametrize(

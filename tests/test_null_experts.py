@@ -222,8 +222,31 @@ def test_budgets_calibrated_for_another_number_of_experts_are_forgotten(tmp_path
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1)
     assert "calibrated for `num_experts_per_tok=2` and do not hold for 1: call" in caplog.text
+    assert (
+        experts_per_token(loaded, tokens(2, 9)).float().mean() == 1
+    )  # the budget of 1.0 is now that of no null expert
     with pytest.raises(ValueError, match=r"`expert_budget=0\.5` is not calibrated"):
         loaded(tokens(1, 4), expert_budget=0.5)
+
+
+def test_a_budget_that_nobody_asks_for_is_the_stored_one(tmp_path):
+    model, ids = with_null_experts(expert_budget=1.0), tokens(2, 9)
+    calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
+    model.set_expert_budget(1.0)
+    model.save_pretrained(tmp_path / "model")
+    peft.get_peft_model(CoEForCausalLM.from_pretrained(tmp_path / "model"), lora_config(model)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    for load in LOADERS.values():
+        loaded = load(tmp_path / "model", expert_budget=None)
+        assert loaded.config.expert_budget == 1.0
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    for loaded, budget in (
+        (CoEForCausalLM.from_pretrained(tmp_path / "adapter"), None),
+        (CoEForCausalLM.from_pretrained(tmp_path / "adapter", expert_budget=0.5), 0.5),
+    ):
+        assert loaded._is_calibrated()
+        torch.testing.assert_close(loaded(ids).logits, model(ids, expert_budget=budget).logits)
 
 
 def test_training_leads_back_from_an_extreme_budget():

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, build, tokens, whitespace_tokenizer
-from hub_stand_in import TOKEN, HubStandIn
+from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from test_checkpoint import run_without_the_package
@@ -264,6 +264,60 @@ def test_published_again_with_fewer_shards_no_old_weights_remain(hub, published,
     result = run_script(code, hub, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(hub.repositories["tester/again"].main) == {".gitattributes", "model-00001-of-00001.safetensors"}
+
+
+def test_of_an_earlier_model_nothing_stays_that_would_change_this_one_and_what_is_a_user_s_does(hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    earlier = ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja",
+               "additional_chat_templates/tool.jinja", ".eval_results/gsm.yaml", "tokenizer_config.json"]  # fmt: skip
+    own = ["onnx/decoder.safetensors", "notes.md", "data/tokenizer.txt"]
+    repository = Repository(False)
+    repository.main.update(dict.fromkeys(earlier + own, b"{}"))
+    hub.repositories["tester/earlier"] = repository
+    result = run_script(
+        f"""
+        from modeling_coe.train import hub
+        from pathlib import Path
+        hub.push(Path({str(folder)!r}), "tester/earlier", is_private=False)
+    """,
+        hub,
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert set(repository.main) - {".gitattributes"} == {"model.safetensors", *own}
+
+
+@pytest.mark.parametrize("is_private", [True, False], ids=["private", "another kind"])
+def test_a_repository_that_is_public_or_of_another_kind_of_model_gets_nothing(is_private, hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    repository = Repository(False)
+    repository.main["config.json"] = b'{"model_type": "llama"}'
+    hub.repositories["tester/other"] = repository
+    before = dict(repository.main)
+    result = run_script(
+        f"""
+        from modeling_coe.train import hub
+        from pathlib import Path
+        hub.push(Path({str(folder)!r}), "tester/other", is_private={is_private})
+    """,
+        hub,
+        tmp_path,
+    )
+    named = "`tester/other` is a public repository already" if is_private else "another kind, 'llama'"
+    assert named in result.stderr and dict(repository.main) == before
+
+
+def test_a_prepared_folder_that_lost_its_weights_is_not_uploaded(tmp_path):
+    run = write_run(tmp_path / "run")
+    publish.main([str(run), "--repo", REPO])
+    (run / "hub" / "model.safetensors").unlink()
+    options = publish.parse_arguments([str(run), "--repo", REPO, "--push"])
+    with pytest.raises(ValueError, match=r"model\.safetensors is gone, so nothing is uploaded"):
+        publish.prepare(options, run / "hub")
 
 
 def test_a_card_that_the_hub_refuses_publishes_nothing(hub, tmp_path):

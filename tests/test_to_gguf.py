@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, whitespace_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe.train import to_gguf
@@ -64,7 +64,13 @@ def test_the_trained_tokenizer_is_one_that_llama_cpp_can_split_like(checkpoint, 
 
 
 @pytest.mark.parametrize(
-    "option, message", [("type=q2", "q8_0"), ("llama_cpp=.", "conversion"), ("output=.", "exists")]
+    "option, message",
+    [
+        ("type=q2", "q8_0"),
+        ("llama_cpp=.", "conversion"),
+        ("output=.", "is a folder"),
+        ("output=no/x.gguf", "not there"),
+    ],
 )
 def test_wrong_options_are_refused_by_name(option, message, tmp_path):
     (tmp_path / "conversion").mkdir()
@@ -88,6 +94,9 @@ def test_what_llama_cpps_mixtral_lacks_is_refused_by_name(overrides, message, tm
     model, output = tmp_path / "chain", tmp_path / "chain.gguf"
     build(num_iterations=1, **overrides).save_pretrained(model)
     (tmp_path / "conversion").mkdir()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        to_gguf.main(["--model", str(model), "--llama_cpp", str(tmp_path), "--output", str(output)])
+    whitespace_tokenizer().save_pretrained(model)
     monkeypatch.setattr(to_gguf, "convert", lambda mixtral, llama_cpp, output, file_type: output.write_text("GGUF"))
     if message:  # before a large model is read and written for nothing
         monkeypatch.setattr(to_gguf, "downcycle", lambda *_: pytest.fail("downcycle was called"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE, REPOCARD_FILENAME, REPOYAML_FILENAME
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
@@ -29,6 +29,7 @@ from trl import pack_dataset
 from yaml import YAMLError
 
 from modeling_coe.train.arguments import DataArguments
+from modeling_coe.train.runs import read_object
 from modeling_coe.train.word_problems import word_problems
 
 
@@ -40,8 +41,10 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'user' %}Question: {{ content }}\nAnswer:"
     "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
-# What a message can say beside its content, and no layout here shows.
-UNSEEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
+# What a message can say beside its content and no layout here shows, and the values that say nothing.
+UNSEEN = dict.fromkeys(
+    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"), (None, [], {}, "", "[]")
+) | {"weight": (None, 1)}
 LONGEST_CUT = 200
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -88,10 +91,8 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(f"`dataset={path}` is a link to {path.readlink()}, which is not there; name another file.")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):  # of `save_to_disk`
-        saved = load_from_disk(arguments.dataset)
-        return saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-    if path.is_dir():
+    saved = _saved_to_disk(path)
+    if path.is_dir() and not saved:
         # As deep as configuration/split/file; the root of a disk would be searched for hours.
         levels = [] if path.resolve().parent == path.resolve() else ["*", "*/*", "*/*/*"]
         if not any(file.suffix in FILE_FORMATS for level in levels for file in path.glob(level)):
@@ -101,6 +102,8 @@ def _read(arguments: DataArguments) -> DatasetDict:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
+    elif saved and arguments.dataset_config is None:
+        options = {"path": "arrow", "data_files": saved}
     elif files and arguments.dataset_config is None and not _declares_files(path):
         splits = _files_by_split(path)
         options = {"path": _format(path, splits), "data_files": splits}
@@ -116,6 +119,19 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(
             f"`dataset={path}` cannot be read: {reason} Repair or remove the empty or broken file."
         ) from error
+
+
+def _saved_to_disk(folder: Path) -> dict[str, list[str]]:
+    """The files that `save_to_disk` wrote into a folder, by split; empty if it wrote none.
+
+    `load_from_disk` would write what it caches beside them.
+    """
+    splits = read_object(folder / "dataset_dict.json").get("splits")
+    parts = {split: folder / split for split in splits} if isinstance(splits, list) else {"train": folder}
+    files = {split: read_object(part / "state.json").get("_data_files") for split, part in parts.items()}
+    if not all(isinstance(names, list) and names for names in files.values()):
+        return {}
+    return {split: [glob.escape(str(parts[split] / name["filename"])) for name in files[split]] for split in files}
 
 
 def _declares_files(folder: Path) -> bool:
@@ -255,7 +271,9 @@ def _lay_out(
     for columns, lay_out in layouts.items():
         if set(columns) <= set(names):
             is_chat = lay_out is from_messages or (lay_out is from_prompt and isinstance(documents[0]["prompt"], list))
-            if is_chat and any(documents["tools"] if "tools" in names else ()):
+            if is_chat and any(
+                tools not in (None, [], "", "[]") for tools in (documents["tools"] if "tools" in names else ())
+            ):
                 raise ValueError(
                     f"The {split} split has a column `tools`, and answers that call tools are not trained; remove it."
                 )
@@ -275,7 +293,7 @@ def _give_template(tokenizer: PreTrainedTokenizerBase, replace: bool, add: bool)
     """The layout of questions and answers, for those who ask the saved model: it is that of its training."""
     template = _beginning(tokenizer) + CHAT_TEMPLATE
     if replace and tokenizer.chat_template not in (None, template):
-        print("Questions and answers are not laid out by the tokenizer's chat template: it is replaced by theirs.")
+        print("Questions and answers have a layout of their own here, not that of the tokenizer's chat template.")
     if replace or (add and tokenizer.chat_template is None):
         tokenizer.chat_template = template
 
@@ -300,7 +318,7 @@ def _conversation(
                 f"Document {index} of the {split} split has the message {message!r}; each must have a text as "
                 f"`content` and one of {tuple(layouts)} as `role`."
             )
-        if unseen := [name for name in UNSEEN if turn.get(name) is not None]:
+        if unseen := [name for name, nothing in UNSEEN.items() if turn.get(name) not in nothing]:
             raise ValueError(
                 f"Document {index} of the {split} split has a message with `{unseen[0]}={turn[unseen[0]]!r}`, and "
                 "`role` and `content` alone are trained; remove it, or write it into the content."

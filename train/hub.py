@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from transformers import PreTrainedConfig
 
+from modeling_coe import CoEConfig
 from modeling_coe.folders import WRITTEN, written_files
 
 
@@ -87,18 +89,40 @@ def files_to_upload(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
+# What decides how a model loads and speaks and what is said of it: such a file of an earlier model does not stay.
+OF_A_MODEL = re.compile(
+    r"[^/]*\.(safetensors(\.index\.json)?|bin(\.index\.json)?)|adapter_config\.json|generation_config\.json|"
+    r"(chat_template|tokenizer|vocab|merges|added_tokens|special_tokens_map)[^/]*|"
+    r"(additional_chat_templates|\.eval_results)/.*"
+)
+
+
 def push(folder: Path, repo: str, is_private: bool) -> str:
-    """Upload the folder in one commit, before which nothing is visible; weights of an earlier commit go.
+    """Upload the folder in one commit, before which nothing is visible; the model of an earlier commit goes.
 
     The card goes without its paragraph that says it is not uploaded yet.
 
     Interrupted, it is simply run again: what has arrived is not sent twice. Returns the address of the commit.
+
+    Raises:
+        ValueError: a secret, a private upload to a public repository, or one that holds another kind of model.
     """
     files = dict(files_to_upload(folder))
     refuse_secrets(folder)
     api = HfApi()
     api.create_repo(repo, private=is_private, exist_ok=True)
-    stale = [name for name in api.list_repo_files(repo) if ".safetensors" in name and name not in files]
+    if is_private and not api.repo_info(repo).private:
+        raise ValueError(
+            f"`{repo}` is a public repository already; make it private on the Hub, or leave `--private` out."
+        )
+    present = api.list_repo_files(repo)
+    if "config.json" in present:
+        kind = PreTrainedConfig.get_config_dict(repo)[0].get("model_type")
+        if kind != CoEConfig.model_type:
+            raise ValueError(
+                f"`{repo}` holds a model of another kind, {kind!r}; publish into a repository of its own."
+            )
+    stale = [name for name in present if OF_A_MODEL.fullmatch(name) and name not in files]
     # Not `upload_folder`: it may split the folder into several commits.
     contents = dict(files)
     if card := files.get("README.md"):

@@ -28,7 +28,14 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_coe import QuantizedExpertsConfig
-from modeling_coe.folders import changes_since_written, refuse_adapter, require_model, whole_or_nothing, written_about
+from modeling_coe.folders import (
+    changes_since_written,
+    refuse_adapter,
+    require_model,
+    whole_or_nothing,
+    written_about,
+    written_files,
+)
 from modeling_coe.routing import Routing, plot_routing, record_routing
 from modeling_coe.train.arguments import command_line, is_preset
 from modeling_coe.train.cards import benchmark_results, energy_facts, model_facts, render_card
@@ -309,6 +316,8 @@ def prepare(options: argparse.Namespace, folder: Path):
     is_current = written_about(folder).get("made_from") == made_from
     changes = changes_since_written(folder) if folder.exists() else []
     if options.push and is_current:
+        if gone := [name for name in written_files(folder) if not (folder / name).is_file()]:
+            raise ValueError(f"{folder / gone[0]} is gone, so nothing is uploaded. Restore it, or remove {folder}.")
         print(f"{folder} is uploaded as it was prepared{''.join(f'; {change}' for change in changes)}.")
         return
     if changes:

@@ -76,7 +76,7 @@ def result_folder(folder: Path, written: tuple[str, ...], dataset: str = "") -> 
     """
     _refuse_data_folder(folder, dataset)
     in_the_way = [name for name in written if (folder / name).exists()]
-    if in_the_way and "versions" not in _read_object(folder / written[0]):
+    if in_the_way and "versions" not in read_object(folder / written[0]):
         raise ValueError(
             f"`output_dir={folder}` holds {', '.join(in_the_way)}, which no earlier run of this script wrote and this "
             "one would overwrite; choose another folder."
@@ -93,14 +93,18 @@ def result_folder(folder: Path, written: tuple[str, ...], dataset: str = "") -> 
 
 def _refuse_data_folder(folder: Path, dataset: str):
     """What is written into a folder of documents would be read with them the next time."""
-    if dataset and Path(dataset).is_dir() and folder.resolve().is_relative_to(Path(dataset).resolve()):
+    if (
+        dataset not in ("", "word_problems")
+        and Path(dataset).is_dir()
+        and folder.resolve().is_relative_to(Path(dataset).resolve())
+    ):
         raise ValueError(
             f"`output_dir={folder}` is or is inside `dataset={dataset}`, and its files would be read as documents the "
             "next time; choose another folder."
         )
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object; empty if the file holds none, or is not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

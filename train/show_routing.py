@@ -39,6 +39,9 @@ SHOWN = 600
 TRAINED = ("steps", "tokens", "learning_rate", "seed", "validation_loss", "commit")
 
 
+PICTURES = ("load.png", "transitions.png", "cost.png")
+
+
 @dataclass
 class RoutingArguments:
     """How much to read, and where to write."""
@@ -126,7 +129,7 @@ def main(arguments: list[str] | None = None):
     require_weights(model_arguments.model)
     read_config(model_arguments.model)
     output = Path(options.output_dir).expanduser()
-    with result_folder(output, ("routing.json", "load.png", "transitions.png", "cost.png"), data.dataset):
+    with result_folder(output, ("routing.json", *PICTURES), data.dataset):
         show(model_arguments, data, options, output)
 
 
@@ -150,6 +153,8 @@ def show(model_arguments: CheckpointArguments, data: DataArguments, options: Rou
         "documents": len(documents),
     }
     write_json(output / "routing.json", facts | summary | environment(model.device))
+    for name in PICTURES:  # of an earlier model, which had other ones
+        (output / name).unlink(missing_ok=True)
     print(table(summary))
     print(f"load of each expert in each iteration: {output / 'load.png'}; all numbers: {output / 'routing.json'}")
     draw(save, plot_routing, routing, output / "load.png")

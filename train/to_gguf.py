@@ -46,6 +46,9 @@ class GgufArguments:
             raise ValueError(
                 f"`llama_cpp={self.llama_cpp}` has no folder `conversion`; name a source folder of llama.cpp of 2026."
             )
+        if self.output.is_dir() or not self.output.parent.is_dir():
+            what = "is a folder" if self.output.is_dir() else "lies in a folder that is not there"
+            raise ValueError(f"`output={self.output}` {what}; name the file to write.")
         if self.output.exists() and not self.overwrite:
             raise ValueError(f"`output={self.output}` exists; choose another name or set `overwrite=true`.")
 
@@ -103,6 +106,8 @@ def main(arguments: list[str] | None = None):
     (options,) = parse(GgufArguments, arguments=arguments, description=__doc__)
     require_model("model", options.model)
     refuse_adapter("model", options.model)
+    if not (Path(options.model) / "tokenizer.json").is_file():
+        raise ValueError(f"`model={options.model}` has no tokenizer.json; save its tokenizer there.")
     config = AutoConfig.from_pretrained(options.model)
     if config.model_type == "coe":  # all others are refused by `downcycle`
         refuse_what_llama_cpp_lacks(config)
