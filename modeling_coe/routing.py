@@ -150,10 +150,16 @@ def record_routing(
     What else the model takes goes to it: `expert_budget`, for instance.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, `input_ids` has another shape, or all of it is padding.
     """
     if model.training:
         raise ValueError("The model is in training mode, where routers may be jittered; call `model.eval()` first.")
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"`input_ids` of shape {tuple(input_ids.shape)} must be `[batch, length]`; see `unsqueeze(0)`."
+        )
+    if attention_mask is not None and not attention_mask.any():
+        raise ValueError("`attention_mask` leaves no token: all of `input_ids` is padding.")
     config = model.config
     blocks = [module for module in model.modules() if isinstance(module, CoESparseMoeBlock)]
     states, hooks = [[] for _ in blocks], []

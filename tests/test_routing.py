@@ -144,6 +144,11 @@ def test_figure_has_a_panel_for_each_iteration(tmp_path):
 
 
 def test_training_mode_is_refused():
+    ids = tokens(1, 4)
+    with pytest.raises(ValueError, match=r"shape \(4,\) must be `\[batch, length\]`"):
+        record_routing(build(), ids[0])
+    with pytest.raises(ValueError, match="all of `input_ids` is padding"):
+        record_routing(build(), ids, torch.zeros_like(ids))
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         record_routing(build().train(), tokens(1, 4))
 
