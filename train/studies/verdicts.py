@@ -60,6 +60,7 @@ def render() -> str:
         across=lambda file, row, other, than: difference_across(
             losses[f"{file}.json"], row, losses[f"{other}.json"], than
         ),
+        error_at_capo=judge_scale("storage_capo.json", losses["storage_capo.json"])["standard_error"],
         half_widths=half_widths([claim for claim in claims if claim["scale"] in passed]),
         missing={
             table: content["question"]
