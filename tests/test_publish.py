@@ -553,6 +553,13 @@ def test_a_missing_fact_or_run_is_named_and_no_folder_made(tmp_path):
         publish.main([str(run), "--repo", REPO])
 
 
+def test_a_record_without_what_the_card_needs_is_named_down_to_the_name(tmp_path):
+    run = write_run(tmp_path)
+    (run / "run.json").write_text('{"data": "digest", "training": {"seed": 3}}')
+    with pytest.raises(ValueError, match=r"run\.json lacks `training\.world_size`"):
+        publish.main([str(run), "--repo", REPO])
+
+
 @pytest.mark.parametrize("dataset", ["/somewhere/gsm8k", "~/gsm8k", "../gsm8k", "C:\\gsm8k"])
 def test_places_of_this_machine_are_published_nowhere(dataset, tmp_path):
     run = write_run(tmp_path / "run", model="/somewhere/presets/moe.json", dataset=dataset, log="/somewhere/run.log")

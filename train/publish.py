@@ -68,17 +68,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class Record(dict):
-    """A JSON file of the run."""
+    """A JSON file of the run, or an object within it."""
 
-    def __init__(self, path: Path):
-        content = read_json(path)
+    def __init__(self, path: Path, content: dict | None = None, within: str = ""):
+        content = read_json(path) if content is None else content
         if not isinstance(content, dict):
             raise ValueError(f"{path} is damaged: it must hold names and values.")
         super().__init__(content)
-        self.path = path
+        self.path, self.within = path, within
+        for name, value in content.items():
+            if isinstance(value, dict):
+                self[name] = Record(path, value, f"{within}{name}.")
 
     def __missing__(self, name: str):
-        raise ValueError(f"{self.path} lacks `{name}`; name the folder of a finished run, or finish it.")
+        raise ValueError(f"{self.path} lacks `{self.within}{name}`; name the folder of a finished run, or finish it.")
 
 
 def check_options(options: argparse.Namespace):
