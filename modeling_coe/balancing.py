@@ -118,6 +118,8 @@ class RouterBalance:
                 wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.float)
                 bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)
             counts.zero_()
+        # A forward pass that the user interrupted closed nothing.
+        self.opened_by, self.is_counting, self.token_weight = None, False, None
 
     def remove(self):
         """Stops counting."""

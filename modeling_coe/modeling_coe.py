@@ -667,19 +667,21 @@ class CoEPreTrainedModel(PreTrainedModel):
                 self.set_expert_budget(kwargs["expert_budget"])
             return
         asked, top_k = self.config.expert_budget, self.config.num_experts_per_tok
-        if top_k != stored.num_experts_per_tok and self._is_calibrated():
+        is_other_k, is_extreme = top_k != stored.num_experts_per_tok, self._is_extreme(asked)
+        if is_other_k:
+            was_calibrated = self._is_calibrated()
             for gate in self._routers():
                 gate.null_bias_of_budget.zero_()
-            logger.warning(
-                f"The budgets of `{path}` are calibrated for `num_experts_per_tok={stored.num_experts_per_tok}` and "
-                f"do not hold for {top_k}: call `modeling_coe.balancing.calibrate_expert_budget(model, batches)` "
-                "again."
-            )
-        if (asked, top_k) == (stored.expert_budget, stored.num_experts_per_tok):
+            if was_calibrated or not is_extreme:
+                logger.warning(
+                    f"The budgets of `{path}` are those of `num_experts_per_tok={stored.num_experts_per_tok}` and do "
+                    f"not hold for {top_k}: call `modeling_coe.balancing.calibrate_expert_budget(model, batches)`."
+                )
+        if (asked, is_other_k) == (stored.expert_budget, False):
             return
-        if self._is_extreme(asked) or self._is_calibrated():
+        if is_extreme or self._is_calibrated():
             self.set_expert_budget(asked)
-        else:
+        elif not is_other_k:
             logger.warning(
                 f"`expert_budget={asked}` is not calibrated in `{path}`, whose routers go on as with "
                 f"{stored.expert_budget}: train with `modeling_coe.balancing`, which moves them there, or call "
@@ -765,6 +767,7 @@ class CoEPreTrainedModel(PreTrainedModel):
 
         The null experts' biases move to what `modeling_coe.balancing.calibrate_expert_budget` stored, and training
         with `RouterBalance` holds the new budget. For one call, pass `expert_budget` to `forward` or `generate`.
+        An adapter with routers of its own brings their biases along: set the budget after it is loaded.
 
         Raises:
             ValueError: no null experts, a budget outside what they allow, or one that was not calibrated.

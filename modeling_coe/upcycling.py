@@ -408,7 +408,8 @@ class _Source:
         if output is not None:
             self._keep_apart(Path(output))
             check_replaceable(Path(output), overwrite)
-        self.base = facts_of(self.name)
+        # Read before the work, of which only an output tells.
+        self.base = None if output is None else facts_of(self.name)
         if isinstance(source, PreTrainedModel):
             if not source.can_generate():
                 raise ValueError(f"`source` is a {type(source).__name__}; pass a causal language model.")

@@ -123,6 +123,18 @@ def test_a_loss_of_one_s_own_on_the_model_below_the_head_counts_once():
     model.model(ids)
     assert torch.equal(counts_of(balance), expected)
 
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):  # closes nothing, but the step does
+        model(ids)
+    hook.remove()
+    balance.step()
+    with torch.no_grad():
+        model.model(ids)
+    assert not counts_of(balance).any()
+
 
 def test_labels_of_whole_texts_tell_no_padding():
     classifier = CoEForSequenceClassification(build(**BIASED).config).train()

@@ -503,7 +503,7 @@ def test_questions_and_answers_are_asked_in_their_own_layout_afterwards(template
     document = load_rows(tmp_path, [{"question": "2+2?", "answer": "4"}], other)
     asked = other.apply_chat_template([{"role": "user", "content": "2+2?"}], tokenize=False)
     assert asked == "<bos>" + document["prompt"]
-    assert ("layout of their own here" in capsys.readouterr().out) == (template is not None)
+    assert ("layout of their own, which replaces" in capsys.readouterr().out) == (template is not None)
 
 
 def test_the_prompt_comes_first_in_whatever_order_the_columns_are(tmp_path):
@@ -516,7 +516,6 @@ def test_the_prompt_comes_first_in_whatever_order_the_columns_are(tmp_path):
     [
         ("tool_calls", "add(2, 2)", "[]"),
         ("reasoning_content", "Two twos.", ""),
-        ("weight", 0, 1),
         ("thinking", "m", None),
     ],
 )
@@ -530,10 +529,24 @@ def test_what_a_message_says_beside_its_content_is_not_dropped_in_silence(name, 
         assert load_rows(tmp_path, [{"messages": [user, reply | {name: nothing}], "tools": none}], tokenizer)
 
 
+def test_the_last_answer_is_what_is_trained_whatever_the_weights_say(tokenizer, tmp_path):
+    user, reply = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    chat = [user, reply | {"weight": 0}, user | {"weight": 0}, reply | {"weight": 1}]
+    assert load_rows(tmp_path, [{"messages": chat}], tokenizer)["completion"] == " 4"
+    with pytest.raises(ValueError, match="ends with an answer of `weight=0`"):
+        load_rows(tmp_path, [{"messages": [user, reply | {"weight": 0}]}], tokenizer)
+
+
 def test_what_datasets_saved_to_disk_is_read(tmp_path):
     rows = Dataset.from_list([{"text": f"text {n}"} for n in range(4)])
     rows.save_to_disk(tmp_path / "rows")
-    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "splits")
+    others = {"all": Dataset.from_list([{"number": 1}]), "train-clean": rows}
+    DatasetDict({"train": rows, "test": rows.select([0]), **others}).save_to_disk(tmp_path / "splits")
+    rows.select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"0 documents|is empty"):
+        load_documents(DataArguments(dataset=str(tmp_path / "empty"), validation_size=1))
+    with pytest.raises(ValueError, match="`dataset_config=x`"):
+        load_documents(DataArguments(dataset=str(tmp_path / "rows"), dataset_config="x"))
     read = load_documents(DataArguments(dataset=str(tmp_path / "rows"), validation_size=1))
     assert {split: len(documents) for split, documents in read.items()} == {"train": 3, "validation": 1}
     assert load_documents(DataArguments(dataset=str(tmp_path / "splits")))["validation"]["text"] == ["text 0"]

@@ -492,7 +492,7 @@ def test_every_rotation_works_without_a_head_dim(rope):
 def test_the_configuration_of_another_model_is_refused_by_name(tmp_path):
     build().save_pretrained(tmp_path)
     for make in (CoEForCausalLM, CoEModel, lambda config: CoEForCausalLM.from_pretrained(tmp_path, config=config)):
-        with pytest.raises(ValueError, match=r"`config` is a MixtralConfig.*upcycle"):
+        with pytest.raises(ValueError, match=r"has `model_type='mixtral'`.*upcycle"):
             make(MixtralConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2))
 
 

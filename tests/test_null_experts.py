@@ -221,12 +221,20 @@ def test_budgets_calibrated_for_another_number_of_experts_are_forgotten(tmp_path
     calibrate_expert_budget(model, [{"input_ids": tokens(4, 32)}])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1)
-    assert "calibrated for `num_experts_per_tok=2` and do not hold for 1: call" in caplog.text
+    assert (
+        "budgets of `" in caplog.text
+        and "are those of `num_experts_per_tok=2` and do not hold for 1: call" in caplog.text
+    )
     assert (
         experts_per_token(loaded, tokens(2, 9)).float().mean() == 1
     )  # the budget of 1.0 is now that of no null expert
     with pytest.raises(ValueError, match=r"`expert_budget=0\.5` is not calibrated"):
         loaded(tokens(1, 4), expert_budget=0.5)
+    caplog.clear()
+    AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=3)
+    assert [record.getMessage().split("`")[2:4] for record in caplog.records] == [
+        [" are those of ", "num_experts_per_tok=2"]
+    ]
 
 
 def test_a_budget_that_nobody_asks_for_is_the_stored_one(tmp_path):

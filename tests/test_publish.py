@@ -272,9 +272,10 @@ def test_of_an_earlier_model_nothing_stays_that_would_change_this_one_and_what_i
     (folder / "model.safetensors").write_bytes(b"weights")
     earlier = ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja",
                "additional_chat_templates/tool.jinja", ".eval_results/gsm.yaml", "tokenizer_config.json"]  # fmt: skip
-    own = ["onnx/decoder.safetensors", "notes.md", "data/tokenizer.txt"]
+    own = ["onnx/decoder.safetensors", "notes.md", "data/tokenizer.txt", "tokenizer_report.md", "training_args.bin"]
     repository = Repository(False)
     repository.main.update(dict.fromkeys(earlier + own, b"{}"))
+    repository.main["config.json"] = b'{"model_type": "coe"}'
     hub.repositories["tester/earlier"] = repository
     result = run_script(
         f"""
@@ -286,16 +287,23 @@ def test_of_an_earlier_model_nothing_stays_that_would_change_this_one_and_what_i
         tmp_path,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert set(repository.main) - {".gitattributes"} == {"model.safetensors", *own}
+    assert set(repository.main) - {".gitattributes"} == {"model.safetensors", "config.json", *own}
 
 
-@pytest.mark.parametrize("is_private", [True, False], ids=["private", "another kind"])
-def test_a_repository_that_is_public_or_of_another_kind_of_model_gets_nothing(is_private, hub, tmp_path):
+@pytest.mark.parametrize(
+    "is_private, held, named",
+    [
+        (True, "config.json", "`tester/other` is a public repository already"),
+        (False, "config.json", "another kind, 'llama'"),
+        (False, "adapter_config.json", "another kind, 'adapter'"),
+    ],
+)
+def test_a_repository_that_is_public_or_of_another_kind_of_model_gets_nothing(is_private, held, named, hub, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     repository = Repository(False)
-    repository.main["config.json"] = b'{"model_type": "llama"}'
+    repository.main[held] = b'{"model_type": "llama"}'
     hub.repositories["tester/other"] = repository
     before = dict(repository.main)
     result = run_script(
@@ -307,7 +315,6 @@ def test_a_repository_that_is_public_or_of_another_kind_of_model_gets_nothing(is
         hub,
         tmp_path,
     )
-    named = "`tester/other` is a public repository already" if is_private else "another kind, 'llama'"
     assert named in result.stderr and dict(repository.main) == before
 
 

@@ -42,9 +42,9 @@ CHAT_TEMPLATE = (
     "{% else %} {{ content }}{{ eos_token if loop.last else '\n\n' }}{% endif %}{% endfor %}"
 )
 # What a message can say beside its content and no layout here shows, and the values that say nothing.
-UNSEEN = dict.fromkeys(
-    ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"), (None, [], {}, "", "[]")
-) | {"weight": (None, 1)}
+UNSEEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+NOTHING = (None, [], {}, "", "[]")
+SPLITS = ("train", "validation", "test")
 LONGEST_CUT = 200
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -91,8 +91,11 @@ def _read(arguments: DataArguments) -> DatasetDict:
         raise ValueError(f"`dataset={path}` is a link to {path.readlink()}, which is not there; name another file.")
     if path.is_file() and path.suffix not in FILE_FORMATS:
         raise ValueError(f"`dataset={path}` is no JSON, JSONL or Parquet file; convert it to one of these.")
-    saved = _saved_to_disk(path)
-    if path.is_dir() and not saved:
+    if (saved := _saved_to_disk(path)) is not None:
+        if arguments.dataset_config is not None:
+            raise ValueError(f"`dataset_config={arguments.dataset_config}`: {path} was saved to disk and has none.")
+        return saved
+    if path.is_dir():
         # As deep as configuration/split/file; the root of a disk would be searched for hours.
         levels = [] if path.resolve().parent == path.resolve() else ["*", "*/*", "*/*/*"]
         if not any(file.suffix in FILE_FORMATS for level in levels for file in path.glob(level)):
@@ -102,8 +105,6 @@ def _read(arguments: DataArguments) -> DatasetDict:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_FORMATS)
     if path.is_file():
         options = {"path": FILE_FORMATS[path.suffix], "data_files": {"train": glob.escape(str(path))}}
-    elif saved and arguments.dataset_config is None:
-        options = {"path": "arrow", "data_files": saved}
     elif files and arguments.dataset_config is None and not _declares_files(path):
         splits = _files_by_split(path)
         options = {"path": _format(path, splits), "data_files": splits}
@@ -121,17 +122,22 @@ def _read(arguments: DataArguments) -> DatasetDict:
         ) from error
 
 
-def _saved_to_disk(folder: Path) -> dict[str, list[str]]:
-    """The files that `save_to_disk` wrote into a folder, by split; empty if it wrote none.
+def _saved_to_disk(folder: Path) -> DatasetDict | None:
+    """The splits that `save_to_disk` wrote into a folder and that are read here; None if it wrote none.
 
     `load_from_disk` would write what it caches beside them.
     """
     splits = read_object(folder / "dataset_dict.json").get("splits")
-    parts = {split: folder / split for split in splits} if isinstance(splits, list) else {"train": folder}
+    is_dict = isinstance(splits, list)
+    parts = {split: folder / split for split in SPLITS if split in splits} if is_dict else {"train": folder}
     files = {split: read_object(part / "state.json").get("_data_files") for split, part in parts.items()}
-    if not all(isinstance(names, list) and names for names in files.values()):
-        return {}
-    return {split: [glob.escape(str(parts[split] / name["filename"])) for name in files[split]] for split in files}
+    if not files or not all(isinstance(names, list) for names in files.values()):
+        return None
+    saved = {}
+    for split, names in files.items():
+        paths = [glob.escape(str(parts[split] / name["filename"])) for name in names]
+        saved[split] = load_dataset("arrow", data_files=paths, split="train") if paths else Dataset.from_dict({})
+    return DatasetDict(saved)
 
 
 def _declares_files(folder: Path) -> bool:
@@ -293,7 +299,7 @@ def _give_template(tokenizer: PreTrainedTokenizerBase, replace: bool, add: bool)
     """The layout of questions and answers, for those who ask the saved model: it is that of its training."""
     template = _beginning(tokenizer) + CHAT_TEMPLATE
     if replace and tokenizer.chat_template not in (None, template):
-        print("Questions and answers have a layout of their own here, not that of the tokenizer's chat template.")
+        print("Questions and answers have a layout of their own, which replaces the tokenizer's chat template.")
     if replace or (add and tokenizer.chat_template is None):
         tokenizer.chat_template = template
 
@@ -318,13 +324,18 @@ def _conversation(
                 f"Document {index} of the {split} split has the message {message!r}; each must have a text as "
                 f"`content` and one of {tuple(layouts)} as `role`."
             )
-        if unseen := [name for name, nothing in UNSEEN.items() if turn.get(name) not in nothing]:
+        if unseen := [name for name in UNSEEN if turn.get(name) not in NOTHING]:
             raise ValueError(
                 f"Document {index} of the {split} split has a message with `{unseen[0]}={turn[unseen[0]]!r}`, and "
                 "`role` and `content` alone are trained; remove it, or write it into the content."
             )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"Document {index} of the {split} split ends with {messages[-1]!r}, not with an answer.")
+    if messages[-1].get("weight") not in (None, 1):
+        raise ValueError(
+            f"Document {index} of the {split} split ends with an answer of `weight={messages[-1]['weight']}`, and it "
+            "is what is trained; leave the document out."
+        )
     if len(messages) == 1:
         raise ValueError(f"Document {index} of the {split} split is an answer alone; put before it what it answers.")
     if tokenizer is None:

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder to the Hub in one commit. The token comes from `hf auth login` or HF_TOKEN and is written nowhere."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from transformers import PreTrainedConfig
 
 from modeling_coe import CoEConfig
 from modeling_coe.folders import WRITTEN, written_files
@@ -91,9 +91,9 @@ def files_to_upload(folder: Path) -> Iterator[tuple[str, Path]]:
 
 # What decides how a model loads and speaks and what is said of it: such a file of an earlier model does not stay.
 OF_A_MODEL = re.compile(
-    r"[^/]*\.(safetensors(\.index\.json)?|bin(\.index\.json)?)|adapter_config\.json|generation_config\.json|"
-    r"(chat_template|tokenizer|vocab|merges|added_tokens|special_tokens_map)[^/]*|"
-    r"(additional_chat_templates|\.eval_results)/.*"
+    r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|adapter_(model\.bin|config\.json)|"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config|chat_template)\.json|"
+    r"tokenizer\.model|vocab\.txt|merges\.txt|chat_template\.jinja|(additional_chat_templates|\.eval_results)/.*"
 )
 
 
@@ -116,12 +116,13 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
             f"`{repo}` is a public repository already; make it private on the Hub, or leave `--private` out."
         )
     present = api.list_repo_files(repo)
+    kind = CoEConfig.model_type
     if "config.json" in present:
-        kind = PreTrainedConfig.get_config_dict(repo)[0].get("model_type")
-        if kind != CoEConfig.model_type:
-            raise ValueError(
-                f"`{repo}` holds a model of another kind, {kind!r}; publish into a repository of its own."
-            )
+        kind = json.loads(Path(api.hf_hub_download(repo, "config.json")).read_text(encoding="utf-8")).get("model_type")
+    elif "adapter_config.json" in present:
+        kind = "adapter"
+    if kind != CoEConfig.model_type:
+        raise ValueError(f"`{repo}` holds a model of another kind, {kind!r}; publish into a repository of its own.")
     stale = [name for name in present if OF_A_MODEL.fullmatch(name) and name not in files]
     # Not `upload_folder`: it may split the folder into several commits.
     contents = dict(files)

@@ -249,6 +249,8 @@ def speak(model, tokenizer, sample: dict, max_new_tokens: int) -> dict:
     """The first validation prompt, and what the card's snippet prints behind it."""
     inputs = tokenizer(sample["prompt"], return_tensors="pt")
     room = model.config.max_position_embeddings - inputs.input_ids.shape[1]
+    if room < 1:
+        raise ValueError("The prompt of the first sample fills the context; shorten it in samples.json.")
     if max_new_tokens > room:
         raise ValueError(
             f"`--max-new-tokens {max_new_tokens}` exceeds the context, which has room for {room} after the sample's "
@@ -319,7 +321,8 @@ def prepare(options: argparse.Namespace, folder: Path):
     is_current = written_about(folder).get("made_from") == made_from
     changes = changes_since_written(folder) if folder.exists() else []
     if options.push and is_current:
-        if gone := [name for name in written_files(folder) if not (folder / name).is_file()]:
+        needed = [name for name in written_files(folder) if name.endswith((".safetensors", ".json", "README.md"))]
+        if gone := [name for name in needed if not (folder / name).is_file()]:
             raise ValueError(f"{folder / gone[0]} is gone, so nothing is uploaded. Restore it, or remove {folder}.")
         print(f"{folder} is uploaded as it was prepared{''.join(f'; {change}' for change in changes)}.")
         return

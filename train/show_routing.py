@@ -37,8 +37,6 @@ KINDS = ("digits", "words", "signs")
 # Tokens in the picture of their cost.
 SHOWN = 600
 TRAINED = ("steps", "tokens", "learning_rate", "seed", "validation_loss", "commit")
-
-
 PICTURES = ("load.png", "transitions.png", "cost.png")
 
 

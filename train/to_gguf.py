@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None):
     (options,) = parse(GgufArguments, arguments=arguments, description=__doc__)
     require_model("model", options.model)
     refuse_adapter("model", options.model)
-    if not (Path(options.model) / "tokenizer.json").is_file():
+    if Path(options.model).is_dir() and not (Path(options.model) / "tokenizer.json").is_file():
         raise ValueError(f"`model={options.model}` has no tokenizer.json; save its tokenizer there.")
     config = AutoConfig.from_pretrained(options.model)
     if config.model_type == "coe":  # all others are refused by `downcycle`

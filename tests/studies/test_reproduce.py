@@ -518,7 +518,7 @@ def test_what_the_page_says_in_words_is_what_was_recorded():
         "no expert dead on the first validation batch, where no balancing left up to 24 % (the mean of three seeds)"
         in page
     )
-    assert "Switch's loss at the default 0.001, which is no claim here, it ends 0.02 higher at both scales" in page
+    assert "It ends 0.02 higher than with Switch's loss at the default 0.001 at both scales" in page
     quality = json.loads((RESULTS / "low_bits.json").read_text())["quality"].values()
     assert all(abs(bits["change"]) < 0.001 for model in quality for bits in model["results"].values())
     for name in ("code", "problems"):
@@ -567,8 +567,8 @@ def test_a_first_look_that_failed_is_recorded(scale, rate, losses, row):
     assert row in verdicts.render()
 
 
-def test_results_and_pictures_stay_below_800_kilobytes():
-    assert sum(path.stat().st_size for path in RESULTS.parent.rglob("*") if path.is_file()) < 800_000
+def test_results_and_pictures_stay_below_900_kilobytes():
+    assert sum(path.stat().st_size for path in RESULTS.parent.rglob("*") if path.is_file()) < 900_000
 
 
 def test_the_search_found_no_form_that_wins_and_its_gain_is_not_the_chain_s():

@@ -6,6 +6,7 @@ python train/studies/verdicts.py     # writes README.md and differences.png in m
 """
 
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -120,7 +121,10 @@ def difference_across(first: dict, row: str, second: dict, than: str) -> str:
     """As `difference_of`, of two results at the same scale, over the seeds that both have."""
     rows = {"row": first["rows"][row]["runs"], "than": second["rows"][than]["runs"]}
     shared = {run["seed"] for run in rows["row"]} & {run["seed"] for run in rows["than"]}
-    rows = {name: {"runs": [run for run in runs if run["seed"] in shared]} for name, runs in rows.items()}
+    rows = {
+        name: {"runs": sorted((run for run in runs if run["seed"] in shared), key=lambda run: run["seed"])}
+        for name, runs in rows.items()
+    }
     return difference_of({"claims": [judge(Claim("", "row", "than"), rows)]}, "row", "than")
 
 
@@ -135,11 +139,11 @@ def seeds_of(claim: dict, rows: dict) -> int:
 
 
 def half_widths(claims: list[dict]) -> dict[int, float]:
-    """The largest half of an interval, by the number of seeds."""
+    """The largest half of an interval by the number of seeds, rounded up."""
     halves = defaultdict(list)
     for claim in claims:
         halves[claim["seeds"]].append((claim["interval"][1] - claim["interval"][0]) / 2)
-    return {seeds: max(values) for seeds, values in sorted(halves.items())}
+    return {seeds: math.ceil(100 * max(values)) / 100 for seeds, values in sorted(halves.items())}
 
 
 def judge_scale(name: str, result: dict) -> dict:
