@@ -87,6 +87,17 @@ def test_what_the_readme_says_of_facts_dials_and_upcycling_is_what_was_measured(
     bits = [tasks.stored_bits(row["mean_validation_loss"]) for row in (pool, layers)]
     assert bits[0] / bits[1] == pytest.approx(1.2, abs=0.05) and len(pool["runs"]) == 3
     assert pool["parameters"] == pytest.approx(0.24e6, abs=5e3)
+    assert (
+        "two visits to half of the experts end 0.05 nats a token below one visit to all of them (five seeds," in text
+    )
+    names = ("CoE-2(8/16), learned scale", "MoE(16/16), learned scale")
+    decided, open_ = (
+        readme.claim("higher_rate_narrow", *names),
+        readme.claim("chain_narrow", "CoE-2(8/16)", "MoE(16/16)"),
+    )
+    assert (decided["verdict"], open_["verdict"]) == ("supported", "undecided")
+    assert round(decided["difference"], 2) == round(open_["difference"], 2) == -0.05
+    assert len(readme.result("higher_rate_narrow")["rows"][names[0]]["runs"]) == 5
     assert "one expert in place of two raised the loss by 0.06 nats; turned up to four, the model ended 0.23" in text
     dial = {name: row["mean_validation_loss"] for name, row in readme.result("dial_code")["rows"].items()}
     assert dial["dial at 1"] - dial["dial, as trained"] == pytest.approx(0.06, abs=5e-3)
