@@ -113,7 +113,7 @@ class RouterBalance:
             bias[:, :N] += self.rate * torch.sign(experts.sum(-1, keepdim=True) - N * experts)
             if null > 0:
                 # Where an extreme budget had put them, no step would lead back.
-                if self.config.expert_budget not in (module.smallest_expert_budget, module.top_k):
+                if not self.config.is_extreme_budget(self.config.expert_budget):
                     bias[:, N:].nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
                 wanted = (1 - self.config.expert_budget / module.top_k) * counts.sum(-1, dtype=torch.float)
                 bias[:, N:] += self.rate * torch.sign(wanted - counts[:, N:].sum(-1))[:, None].to(bias.dtype)

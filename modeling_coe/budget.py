@@ -142,6 +142,18 @@ def training_flops(config: CoEConfig, sequence_length: int, gradient_checkpointi
     return 3 * sum(flops.values()) + recomputed
 
 
+def _require_known(setup, **known):
+    for name, values in known.items():
+        if getattr(setup, name) not in values:
+            raise ValueError(f"`{name}={getattr(setup, name)!r}` must be one of {tuple(values)}.")
+
+
+def _require_positive(setup, *names: str):
+    for name in names:
+        if getattr(setup, name) < 1:
+            raise ValueError(f"`{name}={getattr(setup, name)}` must be at least 1.")
+
+
 @dataclass(frozen=True)
 class TrainingSetup:
     """How a model is trained, as far as memory depends on it.
@@ -173,18 +185,10 @@ class TrainingSetup:
     experts_implementation: str = "grouped_mm"
 
     def __post_init__(self):
-        for name, known in (
-            ("dtype", BYTES),
-            ("optimizer", OPTIMIZERS),
-            ("experts_implementation", EXPERTS_IMPLEMENTATIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {tuple(known)}.")
+        _require_known(self, dtype=BYTES, optimizer=OPTIMIZERS, experts_implementation=EXPERTS_IMPLEMENTATIONS)
+        _require_positive(self, "batch_size", "sequence_length")
         if self.autocast and self.dtype != "float32":
             raise ValueError(f"`autocast=True` keeps fp32 weights; with `dtype={self.dtype!r}` leave it off.")
-        for name in ("batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
 
     @property
     def tokens(self) -> int:
@@ -339,17 +343,8 @@ class ServingSetup:
     on_cpu: bool = True
 
     def __post_init__(self):
-        for name, known in (
-            ("dtype", BYTES),
-            ("expert_bits", (None, 8, 4)),
-            ("rest_bits", (None, 8)),
-            ("group_size", (32, 64)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {tuple(known)}.")
-        for name in ("batch_size", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        _require_known(self, dtype=BYTES, expert_bits=(None, 8, 4), rest_bits=(None, 8), group_size=(32, 64))
+        _require_positive(self, "batch_size", "length")
 
 
 def weight_bytes(config: CoEConfig, setup: ServingSetup) -> dict[str, int]:

@@ -314,6 +314,10 @@ class CoEConfig(PreTrainedConfig):
             proportional = self.num_experts_per_tok * self.num_local_experts / outputs
             self.expert_budget = max(proportional, self.smallest_expert_budget)
 
+    def is_extreme_budget(self, expert_budget: float) -> bool:
+        """Which any model can hold: as many null experts as there can be, or none."""
+        return expert_budget in (self.smallest_expert_budget, self.num_experts_per_tok)
+
     def check_expert_budget(self, expert_budget: float | None):
         """Raises a ValueError for a mean number of experts per token that the null experts do not allow."""
         low, high = self.smallest_expert_budget, self.num_experts_per_tok

@@ -232,10 +232,16 @@ def changes_since_written(folder: Path) -> list[str]:
 
 def written_about(folder: Path) -> dict:
     """What `written.json` says of a folder; empty where there is none, or a damaged one."""
+    return read_object(folder / WRITTEN)
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object; empty if the file holds none, or is not there."""
     try:
-        return dict(json.loads((folder / WRITTEN).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def written_files(folder: Path) -> dict[str, list[int]] | None:

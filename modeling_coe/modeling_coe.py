@@ -598,9 +598,7 @@ class CoEPreTrainedModel(PreTrainedModel):
         """transformers refuses too, but names only classes."""
         if path is None or not isinstance(quantization_config, QuantizedExpertsConfig):
             return
-        stored = {}
-        with suppress(OSError):  # an adapter's folder has no configuration
-            stored = cls.config_class.get_config_dict(path, **kwargs)[0].get("quantization_config") or {}
+        stored = cls._stored_fields(path, **kwargs).get("quantization_config") or {}
         if stored.get("quant_method") == quantization_config.quant_method:
             raise ValueError(
                 f"The experts of `{path}` are stored in {stored['bits']} bits and cannot be quantised again to "
@@ -611,10 +609,14 @@ class CoEPreTrainedModel(PreTrainedModel):
     @classmethod
     def _stored_configuration(cls, path: str, **kwargs) -> CoEConfig | None:
         """That of the checkpoint, whatever the caller changed; None where it has none, as in an adapter's folder."""
-        content = {}
+        fields = cls._stored_fields(path, **kwargs)
+        return cls.config_class.from_dict(fields) if fields else None
+
+    @classmethod
+    def _stored_fields(cls, path: str, **kwargs) -> dict:
         with suppress(OSError):
-            content = cls.config_class.get_config_dict(path, **kwargs)[0]
-        return cls.config_class.from_dict(content) if content else None
+            return cls.config_class.get_config_dict(path, **kwargs)[0]
+        return {}
 
     @classmethod
     def _compare_with_configuration(cls, loading_info: dict, stored: CoEConfig, path: str, **kwargs):
@@ -667,7 +669,7 @@ class CoEPreTrainedModel(PreTrainedModel):
                 self.set_expert_budget(kwargs["expert_budget"])
             return
         asked, top_k = self.config.expert_budget, self.config.num_experts_per_tok
-        is_other_k, is_extreme = top_k != stored.num_experts_per_tok, self._is_extreme(asked)
+        is_other_k, is_extreme = top_k != stored.num_experts_per_tok, self.config.is_extreme_budget(asked)
         if is_other_k:
             was_calibrated = self._is_calibrated()
             for gate in self._routers():
@@ -785,17 +787,14 @@ class CoEPreTrainedModel(PreTrainedModel):
 
     def _check_expert_budget(self, expert_budget: float):
         self.config.check_expert_budget(expert_budget)
-        if self._is_extreme(expert_budget) or torch.compiler.is_compiling():
+        is_extreme = self.config.is_extreme_budget(expert_budget)
+        if is_extreme or torch.compiler.is_compiling():
             return
         if not self._is_calibrated():
             raise ValueError(
                 f"`expert_budget={expert_budget}` is not calibrated in this model: call "
                 "`modeling_coe.balancing.calibrate_expert_budget(model, batches)` once, and save the model."
             )
-
-    def _is_extreme(self, expert_budget: float) -> bool:
-        """Which any model can hold: all null experts that there are, or none."""
-        return expert_budget in (self.config.smallest_expert_budget, self.config.num_experts_per_tok)
 
     def _is_calibrated(self) -> bool:
         # PEFT keeps the router that it trains a copy of: that one stays as it was.

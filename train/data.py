@@ -28,8 +28,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
 from yaml import YAMLError
 
+from modeling_coe.folders import read_object
 from modeling_coe.train.arguments import DataArguments
-from modeling_coe.train.runs import read_object
 from modeling_coe.train.word_problems import word_problems
 
 
@@ -277,9 +277,7 @@ def _lay_out(
     for columns, lay_out in layouts.items():
         if set(columns) <= set(names):
             is_chat = lay_out is from_messages or (lay_out is from_prompt and isinstance(documents[0]["prompt"], list))
-            if is_chat and any(
-                tools not in (None, [], "", "[]") for tools in (documents["tools"] if "tools" in names else ())
-            ):
+            if is_chat and any(tools not in NOTHING for tools in (documents["tools"] if "tools" in names else ())):
                 raise ValueError(
                     f"The {split} split has a column `tools`, and answers that call tools are not trained; remove it."
                 )

@@ -24,6 +24,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from modeling_coe.folders import read_object
+
 
 PARTIAL = ".partial"
 LOCK = ".lock"
@@ -102,15 +104,6 @@ def _refuse_data_folder(folder: Path, dataset: str):
             f"`output_dir={folder}` is or is inside `dataset={dataset}`, and its files would be read as documents the "
             "next time; choose another folder."
         )
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object; empty if the file holds none, or is not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
