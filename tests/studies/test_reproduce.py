@@ -567,6 +567,16 @@ def test_a_first_look_that_failed_is_recorded(scale, rate, losses, row):
     assert row in verdicts.render()
 
 
+def test_results_of_two_tables_are_paired_by_the_seeds_that_both_have():
+    def result(name, losses):
+        return {"rows": {name: {"runs": [{"seed": s, "validation_loss": loss} for s, loss in losses.items()]}}}
+
+    first, second = result("a", {0: 3.0, 1: 2.0, 2: 9.0}), result("b", {1: 1.9, 3: 9.0, 0: 2.7})
+    # Differences of 0.3 and 0.1; with two seeds, half of an interval is 12.706 standard errors, here of 0.1.
+    assert verdicts.difference_across(first, "a", second, "b") == "+0.200 (-1.071 to +1.471)"
+    assert [verdicts.signed(value) for value in (0.00021, -0.0004, 0.05)] == ["+0.0002", "-0.0004", "+0.050"]
+
+
 def test_results_and_pictures_stay_below_900_kilobytes():
     assert sum(path.stat().st_size for path in RESULTS.parent.rglob("*") if path.is_file()) < 900_000
 
